@@ -1,0 +1,69 @@
+"""Deleting what has expired."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from itertools import islice
+
+from celery.utils.log import get_logger
+
+from .client import BlobContainer, BlobItem
+
+__all__ = ('Totals', 'delete_expired')
+
+#: How many blobs one request deletes (REST: Blob Batch).
+BATCH = 256
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Totals:
+    """How many blobs were found, had expired, were deleted; an expired one may be rewritten before it is deleted."""
+
+    found: int = 0
+    expired: int = 0
+    deleted: int = 0
+
+
+def delete_expired(
+    container: BlobContainer,
+    ages: Mapping[str, float],
+    dry_run: bool = False,
+    on_progress: Callable[[Totals], None] = lambda totals: None,
+) -> Totals:
+    """Delete the blobs that were written too long ago.
+
+    Each is deleted only as it was listed, so that a result that is rewritten meanwhile stays.
+
+    Arguments:
+        container: Where they are.
+        ages: What their names begin with, and for how many seconds each kind is kept.
+        dry_run: Only count them.
+        on_progress: Called with the totals so far after each batch.
+    """
+    totals = Totals()
+    now = datetime.now(timezone.utc)
+    for prefix, age in ages.items():
+        oldest = now - timedelta(seconds=age)
+        for batch in _batches(_expired(container, prefix, oldest, totals)):
+            totals.expired += len(batch)
+            if not dry_run:
+                totals.deleted += container.delete_many(batch)
+            logger.info('Cleanup of %s*: %s', prefix, totals)
+            on_progress(totals)
+    return totals
+
+
+def _expired(container: BlobContainer, prefix: str, oldest: datetime, totals: Totals) -> Iterator[BlobItem]:
+    for item in container.list_blobs(prefix):
+        totals.found += 1
+        if item.last_modified < oldest:
+            yield item
+
+
+def _batches(items: Iterable[BlobItem]) -> Iterator[list[BlobItem]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, BATCH)):
+        yield batch

@@ -1,0 +1,69 @@
+"""Fixtures: backends on a fake Azure Blob service, and nothing that reaches a network."""
+from __future__ import annotations
+
+import itertools
+import socket
+
+import pytest
+
+from celery import Celery
+
+#: The account of the fake service; the key opens nothing.
+ACCOUNT_URL = 'https://fake.blob.core.windows.net'
+URL = f'azureblockblob://fake:a2V5@{ACCOUNT_URL}'
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Fail what opens a connection."""
+    def refuse(*args, **kwargs):
+        raise AssertionError('A unit test opens a connection.')
+    for name in ('connect', 'connect_ex'):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+
+
+@pytest.fixture
+def fake_service(monkeypatch):
+    """An Azure Blob service in memory, which all clients of this test talk to."""
+    client = pytest.importorskip('celery.backends.azurestorage.client')
+    from .fakeblob import FakeBlobService
+    service = FakeBlobService()
+    monkeypatch.setattr(client, 'HTTPAdapter', service.adapter)
+    yield service
+    client.close_clients()
+
+
+@pytest.fixture
+def make_app(fake_service):
+    """Return a function that makes apps with results on the fake service. Settings are those of Celery."""
+    apps = []
+    numbers = itertools.count()
+
+    def make(**settings):
+        app = Celery('azure', set_as_current=False)
+        app.conf.update({
+            'broker_url': 'memory://',
+            'result_backend': URL,
+            'azureblockblob_container_name': f'results-{next(numbers)}',
+            'azureblockblob_retry_initial_backoff_sec': 0,
+            'azureblockblob_retry_increment_base': 0,
+            **settings})
+        apps.append(app)
+        return app
+
+    yield make
+    for app in apps:
+        app.close()
+
+
+@pytest.fixture
+def azure_app(make_app):
+    """An app with results on the fake service."""
+    return make_app()
+
+
+@pytest.fixture
+def make_backend(make_app):
+    """Return a function that makes the backend of a new app, by default on a container that is not there yet."""
+    return lambda **settings: make_app(**settings).backend
