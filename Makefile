@@ -16,10 +16,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install node demo test unit integration smoke lint docs patch upstream-test tox check-wheel clean
+.PHONY: help install node demo test unit integration smoke lint docs patch upstream-test upstream-integration bench tox \
+	check-wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "PYTHON=… chooses the interpreter of $(VENV), CELERY=… the release for patch and upstream-test ($(CELERY))."
 
 install: $(VENV)/.installed  ## make .venv, with the plugin (editable) and what the tests need
@@ -52,6 +53,14 @@ patch: install  ## write the upstream patch to build/
 
 upstream-test: install  ## run Celery's own unit tests without and with the patch (9 minutes; then 5)
 	@$(UPSTREAM) test $(CELERY)
+
+upstream-integration: $(VENV)/.installed-dev node  ## run Celery's integration tests with this backend, and with Redis (an hour)
+	@PYTHONPATH=extra:. $(BIN)/python -m upstream integration $(CELERY)
+
+bench: $(VENV)/.installed-dev node  ## measure this backend beside released Celery's; writes docs/measurements.rst
+	$(BIN)/python -m t.benchmarks.results build/results.json
+	$(BIN)/python -m t.benchmarks.chords build/chords.json
+	$(BIN)/python -m t.benchmarks.report build/results.json build/chords.json docs
 
 tox: $(VENV)/.installed-dev  ## run the unit tests on Celery 5.4 to 5.7 and each Python that is on PATH or in pyenv
 	PATH="$(subst $(eval ) ,:,$(wildcard $(HOME)/.pyenv/versions/3.1?.*/bin)):$$PATH" $(BIN)/tox run

@@ -348,7 +348,8 @@ def _url_of(app):
 
 
 def _handed_over(url):
-    return url.removeprefix(f'{SCHEME}+') if isinstance(url, str) else url
+    scheme = url.partition('://')[0] if isinstance(url, str) else ''
+    return url.partition('+')[2] if '+' in scheme else url
 
 
 def _require(distribution, module):

@@ -1,4 +1,4 @@
-"""Command line of the tools: ``python -m upstream patch|test RELEASE``."""
+"""Command line of the tools: ``python -m upstream patch|test|integration RELEASE``."""
 from __future__ import annotations
 
 import argparse
@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 from upstream import diff, suite
-from upstream.edits import PlaceNotFound
 
 
 def main() -> int:
@@ -16,15 +15,21 @@ def main() -> int:
         The exit status: 0 if all is well.
     """
     parser = argparse.ArgumentParser(prog='upstream', description=__doc__)
-    parser.add_argument('tool', choices=['patch', 'test'])
+    parser.add_argument('tool', choices=['patch', 'test', 'integration'])
     parser.add_argument('release', help='a release of Celery, for instance 5.7.0')
     arguments = parser.parse_args()
-    tool = {'patch': diff.write, 'test': suite.compare}[arguments.tool]
     try:
-        return tool(arguments.release)
-    except (PlaceNotFound, LookupError, subprocess.SubprocessError) as problem:
+        return _run(arguments.tool, arguments.release)
+    except (LookupError, subprocess.SubprocessError) as problem:
         print(f'upstream {arguments.tool}: {problem}', file=sys.stderr)
         return 1
+
+
+def _run(tool: str, release: str) -> int:
+    if tool == 'integration':
+        from upstream import integration  # needs the services of the tests
+        return integration.compare(release)
+    return {'patch': diff.write, 'test': suite.compare}[tool](release)
 
 
 if __name__ == '__main__':

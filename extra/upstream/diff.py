@@ -13,6 +13,9 @@ from upstream.edits import EDITS, PlaceNotFound, modules, reference_page
 #: Names the files that the patch carries whole.
 MANIFEST = Path(__file__).with_name('manifest.txt')
 
+#: Seconds that git may take for one step.
+GIT_TIMEOUT = 300
+
 
 def write(release: str) -> int:
     """Write the patch against a release of Celery, and see that ``git apply`` takes it.
@@ -22,6 +25,10 @@ def write(release: str) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        LookupError: if a file is not where or as it should be, in this repository or in Celery's source.
+        subprocess.SubprocessError: if pip or git fails.
     """
     patch = path(release)
     patch.parent.mkdir(exist_ok=True)
@@ -36,7 +43,7 @@ def write(release: str) -> int:
         tree = source.unpack(release, Path(folder, 'patched'))
         apply(patch, tree)
         if repository.add(tree) != edited:
-            raise PlaceNotFound(f'{patch.name} does not make the tree that was edited.')
+            raise LookupError(f'{patch.name} does not make the tree that was edited.')
         files = repository.diff(pristine, edited, '--name-only').count('\n')
     print(f'{os.path.relpath(patch)}: {files} files; git apply takes it on the source of Celery {release}.')
     return 0
@@ -69,14 +76,18 @@ def edit(tree: Path) -> None:
 
 
 def travellers() -> list[str]:
-    """Return the files of this repository that the patch carries whole: those of the manifest."""
+    """Return the files of this repository that the patch carries whole.
+
+    Raises:
+        LookupError: if nothing matches a line of the manifest.
+    """
     names = []
     for line in MANIFEST.read_text(encoding='utf-8').splitlines():
         pattern = line.partition('#')[0].strip()
         if pattern:
             found = sorted(file.relative_to(source.ROOT).as_posix() for file in source.ROOT.glob(pattern))
             if not found:
-                raise PlaceNotFound(f'{MANIFEST.name}: no file matches {pattern}')
+                raise LookupError(f'{MANIFEST.name}: no file matches {pattern}')
             names += found
     return names
 
@@ -111,7 +122,8 @@ def _git(folder: Path, *arguments: str, **environment: str) -> str:
     plain = {
         'GIT_CEILING_DIRECTORIES': str(folder.parent), 'GIT_CONFIG_GLOBAL': os.devnull, 'GIT_CONFIG_NOSYSTEM': '1'}
     done = subprocess.run(
-        ['git', *arguments], cwd=folder, env=inherited | plain | environment, capture_output=True, encoding='utf-8')
+        ['git', *arguments], cwd=folder, env=inherited | plain | environment, timeout=GIT_TIMEOUT,
+        capture_output=True, encoding='utf-8')
     if done.returncode:
         raise subprocess.SubprocessError(f'git {arguments[0]} failed:\n{done.stderr}')
     return done.stdout

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from t.services.azurite import Azurite
 from t.services.redis import Redis
+from t.services.service import HOST, ServiceUnavailable
 from upstream import source
 from upstream.suite import PYTHON, Outcomes, outcomes
 
@@ -45,8 +46,11 @@ def compare(release: str) -> int:
         The exit status: 0 if all that passes with Redis passes with this backend, but for `REDIS_ONLY`.
     """
     _check_installed(release)
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = (_run(release, name, Path(folder, name)) for name in ('azureblockblob', 'redis'))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs = (_run(release, name, Path(folder, name)) for name in ('azureblockblob', 'redis'))
+    except ServiceUnavailable as problem:
+        raise LookupError(str(problem)) from None
     return report(release, ours, theirs)
 
 
@@ -117,7 +121,7 @@ def _services(name: str, folder: Path) -> Iterator[Mapping[str, str]]:
             'PYTHONPATH': str(source.ROOT / 'extra'),
             'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
             'TEST_BROKER': redis.url, 'TEST_BACKEND': redis.url,
-            'REDIS_HOST': '127.0.0.1', 'REDIS_PORT': str(redis.port), 'WORKER_LOGLEVEL': 'INFO'}
+            'REDIS_HOST': HOST, 'REDIS_PORT': str(redis.port), 'WORKER_LOGLEVEL': 'INFO'}
         if name == 'redis':
             yield environment
             return

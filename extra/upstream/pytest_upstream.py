@@ -16,8 +16,8 @@ class OpenURL(str):
     """
 
     def startswith(self, prefix: Any, *args: Any) -> bool:
-        """Tell whether the URL starts with `prefix`."""
-        return prefix == 'redis' or super().startswith(prefix, *args)
+        """Tell whether the URL starts with `prefix`, or, of a tuple, with any."""
+        return 'redis' in (prefix if isinstance(prefix, tuple) else [prefix]) or super().startswith(prefix, *args)
 
 
 def pytest_plugin_registered(plugin: Any) -> None:

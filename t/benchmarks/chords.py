@@ -8,15 +8,14 @@ broker of all three; Azurite stores the results of the first two.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -68,8 +67,15 @@ class Contender:
             told = redis.blpop(key, TIMEOUT)
             seconds = time.perf_counter() - begun
         if told is None or int(told[1]) != size:
-            raise RuntimeError(f'{self.name}: the body ran with {told} of {size} parts. See {self.worker.log_file}')
+            raise RuntimeError(f'{self.name}: {told} came of {size} parts. {self.worker.log[-2000:]}')
+        self._forget_results()
         return seconds
+
+    def _forget_results(self) -> None:
+        """Free what this client keeps of the chord, of which Redis' backend waits for each part."""
+        for pending in getattr(self.app.backend, '_pending_results', ()):
+            pending.clear()
+        gc.collect()
 
     def check(self) -> None:
         """Make sure that it polled if, and only if, it is released Celery."""
@@ -107,21 +113,13 @@ def measure(size: int, rivals: list[Contender], rounds: int) -> dict[str, list[f
     return seconds
 
 
-def summarize(seconds: dict[str, list[float]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return medians and quartiles: of seconds, and of the others' seconds in those of ours."""
-    ours = seconds['ours']
-    return {
-        'seconds': {name: asdict(Spread.of(values)) for name, values in seconds.items()},
-        'ratio': {name: asdict(ratio(ours, values)) for name, values in seconds.items() if values is not ours}}
-
-
-def show(size: int, summary: dict[str, dict[str, dict[str, float]]]) -> None:
+def show(size: int, seconds: dict[str, list[float]]) -> None:
     """Print the figures for one size."""
     print(f'{size} parts: median (quartiles)')
-    for name, spread in summary['seconds'].items():
-        print('  {name:<9} {median:7.3f} s ({low:.3f} to {high:.3f})'.format(name=name, **spread))
-    for name, spread in summary['ratio'].items():
-        print('  {name:<9} {median:7.2f} times ours ({low:.2f} to {high:.2f})'.format(name=name, **spread))
+    for name, values in seconds.items():
+        spread, times = Spread.of(values), ratio(seconds['ours'], values)
+        print(f'  {name:<9} {spread.median:7.3f} s ({spread.low:.3f} to {spread.high:.3f}), '
+              f'{times.median:.2f} times ours ({times.low:.2f} to {times.high:.2f})', flush=True)
 
 
 def main() -> None:
@@ -133,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, contenders(Path(directory)) as rivals:
         figures = {}
         for size in SIZES:
-            figures[size] = summarize(measure(size, rivals, arguments.rounds))
+            figures[size] = measure(size, rivals, arguments.rounds)
             show(size, figures[size])
         for rival in rivals:
             rival.check()
@@ -141,10 +139,9 @@ def main() -> None:
     arguments.file.write_text(json.dumps({
         'date': date.today().isoformat(),
         'versions': {'python': platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}},
-        'rounds': arguments.rounds,
-        'parts': figures,
+        'seconds': figures,
     }, indent=2) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

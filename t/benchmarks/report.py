@@ -142,6 +142,20 @@ def page(results: Mapping[str, Any], chords: Mapping[str, Any] | None) -> Iterat
         yield from chord_lines(chords)
 
 
+def chord_lines(chords: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the section's text and table."""
+    yield ('Seconds from the start of a chord of empty parts until its body runs, on one prefork worker of 2, with '
+           'Redis as broker; in parentheses, how many times as long as ours.')
+    yield ''
+    rows = []
+    for size, seconds in chords['seconds'].items():
+        ours = seconds['ours']
+        rows.append((size, f'{statistics.median(ours):.2f}', *(
+            f'{statistics.median(seconds[name]):.2f} ({times(ratio(ours, seconds[name]))})'
+            for name in ('released', 'redis'))))
+    yield from table(('Parts', 'Ours, s', 'Released, s', 'Redis, s'), rows)
+
+
 def lag(values: list[float]) -> str:
     """Return lags in milliseconds."""
     spread = Spread.of(values)

@@ -13,10 +13,10 @@ from kombu.utils.json import dumps
 class Channel(filesystem.Channel):
     """Kombu's, but a message becomes visible whole: Kombu's own readers may meet a file that is not yet written."""
 
-    def _put(self, queue: str, payload: Any, **kwargs: Any) -> None:
+    def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
         name = f'{time.time_ns()}_{uuid.uuid4()}.{queue}.msg'
         file = Path(self.data_folder_out, f'unfinished-{name}.tmp')
-        file.write_text(dumps(payload))
+        file.write_text(dumps(message))
         file.rename(Path(self.data_folder_out, name))
 
 

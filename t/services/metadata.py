@@ -11,8 +11,8 @@ API_VERSION = '2018-02-01'
 class MetadataService(TokenServer):
     """Azure's Instance Metadata Service, which azure-identity looks for at 169.254.169.254 unless told otherwise.
 
-    A request says which identity is meant: by ``client_id``, ``object_id``, ``msi_res_id`` (its resource id), or none
-    of them, for the one that the system has.
+    A request says which identity is meant: by ``client_id``, ``object_id``, ``msi_res_id`` (its resource id), or by
+    none of them, for the one that the system has.
 
     Source: https://learn.microsoft.com/entra/identity/managed-identities-azure-resources/how-to-use-vm-token
     """

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import requests
 from azure.core import MatchConditions
+from azure.core.credentials import AzureSasCredential
 from azure.core.exceptions import AzureError, DecodeError, HttpResponseError, ResourceNotFoundError
 from azure.core.pipeline.transport import RequestsTransport
 from azure.storage.blob import (
@@ -61,6 +62,10 @@ NOT_FOUND_CODES = frozenset({'BlobNotFound', 'ContainerNotFound'})
 CLIENT_SETTINGS = (
     'connection_timeout', 'read_timeout', 'retry_initial_backoff_sec', 'retry_increment_base', 'retry_max_attempts',
     'max_concurrency')
+
+#: How many idle connections are kept at least: a worker may run more tasks in threads than `max_concurrency`, and
+#: urllib3 warns of each connection that it has no place for.
+CONNECTIONS_KEPT = 100
 
 #: How many tasks a process may have begun whose next state it writes without a read first.
 UNFINISHED_KEPT = 1000
@@ -194,7 +199,8 @@ class AccountClient:
         items = list(items)
         if len(items) < 2 or self._max_concurrency == 1:
             return [function(item) for item in items]
-        futures = [self._threads().submit(function, item) for item in items]
+        threads = self._threads()
+        futures = [threads.submit(function, item) for item in items]
         try:
             return [future.result() for future in futures]
         finally:
@@ -309,11 +315,14 @@ class BlobContainer:
             items: At most 256 blobs.
         """
         blobs = [{'name': item.name, 'etag': f'"{item.etag}"'} for item in items]
-        answers = self._run(lambda: list(self._client.delete_blobs(*blobs, raise_on_any_failure=False)))
-        failed = [answer for answer in answers if answer.status_code not in (202, 404, 412)]
-        if failed:
-            raise PartialBatchErrorException('Some blobs were not deleted.', failed[0], failed)
-        return sum(answer.status_code == 202 for answer in answers)
+
+        def delete() -> int:
+            answers = list(self._client.delete_blobs(*blobs, raise_on_any_failure=False))
+            failed = [answer for answer in answers if answer.status_code not in (202, 404, 412)]
+            if failed:
+                raise PartialBatchErrorException('Some blobs were not deleted.', failed[0], failed)
+            return sum(answer.status_code == 202 for answer in answers)
+        return self._run(delete)
 
     def call(self, name: str, request: Callable[[BlobClient], R], creating: bool = False) -> R:
         """Send a request about a blob.
@@ -388,7 +397,7 @@ def _build_service(
     if url.account_key:
         credential = {'account_name': url.account_name, 'account_key': url.account_key}
     elif url.sas:
-        credential = url.sas
+        credential = AzureSasCredential(url.sas)  # the SDK would decode and encode text
     timeouts = {name: settings[name] for name in ('connection_timeout', 'read_timeout')}
     return BlobServiceClient(
         url.account_url,
@@ -408,7 +417,7 @@ def _build_transport(account_url: str, connections: int, timeouts: Mapping[str, 
     session.trust_env = False
     session.proxies = get_environ_proxies(account_url)
     for prefix in ('https://', 'http://'):
-        session.mount(prefix, HTTPAdapter(pool_maxsize=connections))
+        session.mount(prefix, HTTPAdapter(pool_maxsize=max(connections, CONNECTIONS_KEPT)))
     authorities = os.environ.get('REQUESTS_CA_BUNDLE') or os.environ.get('CURL_CA_BUNDLE') or True
     return RequestsTransport(session=session, connection_verify=authorities, **timeouts)
 

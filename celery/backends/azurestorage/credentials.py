@@ -69,7 +69,7 @@ class CredentialType:
     one_of: tuple[tuple[str, ...], ...] = ()
 
 
-#: By name of the class in :mod:`azure.identity`.
+#: By name of the class in :mod:`azure.identity`, as they are from its version 1.24 on.
 CREDENTIALS: Mapping[str, CredentialType] = {
     'DefaultAzureCredential': CredentialType(
         'The first of environment, workload identity, managed identity and developer tools that gives a token.',
@@ -237,10 +237,12 @@ def resolve(configured: Any) -> Any:
     Raises:
         celery.exceptions.ImproperlyConfigured: if nothing of use is there.
     """
+    if configured is None:
+        return None
     found, name = configured, type(configured).__name__
     if isinstance(configured, str):
         found, name = _import(configured), configured
-    if found is None or _is_credential(found):
+    if _is_credential(found):
         return found
     if not callable(found):
         raise ImproperlyConfigured(f'azureblockblob_credential: {name} is no TokenCredential and no callable.')
@@ -325,9 +327,10 @@ class SharedCredential:
     def get_token_info(self, *scopes: str, options: Mapping[str, Any] | None = None) -> Any:
         """Return an :class:`~azure.core.credentials.AccessTokenInfo` for `scopes`."""
         options = dict(options or {})
-        if options.get('claims'):  # the service rejected the token that is kept
-            return self._ask(scopes, options)
         key = scopes, options.get('tenant_id')
+        if options.get('claims'):  # the service rejected the token that is kept
+            self._tokens[key] = _keep(self._ask(scopes, options))
+            return self._tokens[key].token
         failures = self._failures
         with self._lock:
             kept = self._tokens.get(key)
@@ -351,14 +354,13 @@ class SharedCredential:
 
     def _renew(self, kept: _Kept | None, scopes: Iterable[str], options: Mapping[str, Any]) -> _Kept:
         try:
-            token = self._ask(scopes, options)
+            return _keep(self._ask(scopes, options))
         except TokenError as exc:
             if kept and kept.token.expires_on > time.time():
                 return _Kept(kept.token, min(time.time() + RENEWAL_PAUSE, kept.token.expires_on))
             self._failures += 1
             self._failure = exc.__cause__
             raise
-        return _Kept(token, getattr(token, 'refresh_on', None) or token.expires_on - RENEW_BEFORE_EXPIRY)
 
     def _ask(self, scopes: Iterable[str], options: Mapping[str, Any]) -> Any:
         try:
@@ -368,3 +370,7 @@ class SharedCredential:
         except Exception as exc:  # a credential of the user's own may raise anything
             raise TokenError(str(exc)) from exc
         return import_module('azure.core.credentials').AccessTokenInfo(token.token, token.expires_on)
+
+
+def _keep(token: Any) -> _Kept:
+    return _Kept(token, getattr(token, 'refresh_on', None) or token.expires_on - RENEW_BEFORE_EXPIRY)

@@ -75,7 +75,7 @@ def boolean(value: Any) -> bool:
 def whole_number(least: int) -> Callable[[Any], int]:
     """Return a check for whole numbers from `least` on."""
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not re.fullmatch(r'[0-9]{1,9}', str(value)) or int(value) < least:
+        if not re.fullmatch(r'[0-9]{1,9}', str(value)) or int(value) < least:
             raise ValueError(f'must be a whole number, {least} or more')
         return int(value)
     return check
@@ -84,8 +84,7 @@ def whole_number(least: int) -> Callable[[Any], int]:
 def seconds(zero: bool = False) -> Callable[[Any], float]:
     """Return a check for a number of seconds above zero, or from `zero` on."""
     def check(value: Any) -> float:
-        if isinstance(value, bool) or not re.fullmatch(r'[0-9]{1,9}(\.[0-9]+)?', str(value)) or not (
-                zero or float(value)):
+        if not re.fullmatch(r'[0-9]{1,9}(\.[0-9]+)?', str(value)) or not (zero or float(value)):
             raise ValueError(f'must be a number of seconds, {"0 or more" if zero else "more than 0"}')
         number = float(value)
         return int(number) if number.is_integer() else number
@@ -139,7 +138,7 @@ SETTINGS: Mapping[str, Option] = {
     'read_timeout': Option(
         seconds(), 'How long the service may take for the next part of its answer.', 'int', 120, 'seconds'),
     'retry_initial_backoff_sec': Option(
-        seconds(zero=True), 'What every pause between two attempts of a request holds at least.',
+        seconds(zero=True), 'What a pause between two attempts of a request lasts, half of it more or less at random.',
         'int', 2, 'seconds'),
     'retry_increment_base': Option(
         whole_number(0), 'The pause before attempt *n* grows by this number to the power of *n*.',

@@ -144,17 +144,19 @@ def parse_url(url: Any, credentials: Mapping[str, Mapping[str, Option]]) -> Back
     return BackendURL(url, account_url, options=options, settings=settings, **identity)
 
 
-def redact(url: str) -> str:
-    """Return a backend URL, right or wrong, with ``**`` for what is or may be a secret.
+def redact(url: str, mask: str = MASK) -> str:
+    """Return a backend URL, right or wrong, with `mask` for what is or may be a secret.
 
     Account keys, shared access signatures, and whatever stands where neither a name nor an address is expected.
     """
     scheme, separator, rest = url.partition('://')
     if scheme.lower().removeprefix(f'{SCHEME}+') not in SCHEMES:
         scheme, separator, rest = '', '', url
-    fields = rest.split(';')
-    shown = ';'.join(map(_redact_field, fields)) if _is_connection_string(rest) else _redact_parts(rest)
-    return scheme + separator + _BARE_SECRET.sub(lambda match: f'{match[1] or ""}{MASK}', shown)
+    if _is_connection_string(rest):
+        shown = ';'.join(_redact_field(field, mask) for field in rest.split(';'))
+    else:
+        shown = _redact_parts(rest, mask)
+    return scheme + separator + _BARE_SECRET.sub(lambda match: f'{match[1] or ""}{mask}', shown)
 
 
 def refuse(problem: str) -> NoReturn:
@@ -166,28 +168,28 @@ def refuse(problem: str) -> NoReturn:
     raise ImproperlyConfigured(f'{WHERE}: {problem}\n{ACCEPTED_FORMS}')
 
 
-def _redact_field(field: str) -> str:
+def _redact_field(field: str, mask: str) -> str:
     key, _, value = field.partition('=')
     name = CONNECTION_STRING_KEYS.get(key.strip().lower())
     if not name:
-        return MASK if field.strip() else field
+        return mask if field.strip() else field
     if name in SECRET_KEYS:
-        return f'{key}={MASK}'
+        return f'{key}={mask}'
     place, question, _ = value.partition('?')
-    return f'{key}={place if _SHOWN_PLACE.match(place.strip()) else MASK}{question and question + MASK}'
+    return f'{key}={place if _SHOWN_PLACE.match(place.strip()) else mask}{question and question + mask}'
 
 
-def _redact_parts(text: str) -> str:
+def _redact_parts(text: str, mask: str) -> str:
     place, question, query = text.partition('?')
     user_info, at, account = place.rpartition('@')
     name, colon, _ = user_info.partition(':')
     if colon:
-        user_info = f'{name}:{MASK}' if ACCOUNT_NAME.match(name) or _CREDENTIAL_NAME.match(name) else MASK
+        user_info = f'{name}:{mask}' if ACCOUNT_NAME.match(name) or _CREDENTIAL_NAME.match(name) else mask
     elif at and not _CREDENTIAL_NAME.match(user_info):
-        user_info = MASK
+        user_info = mask
     if account and not _SHOWN_PLACE.match(account):
-        account = MASK
-    options = '&'.join(part if _SHOWN_OPTION.match(part) else part and MASK for part in query.split('&'))
+        account = mask
+    options = '&'.join(part if _SHOWN_OPTION.match(part) else part and mask for part in query.split('&'))
     return f'{user_info}{at}{account}{question}{options}'
 
 
@@ -203,7 +205,7 @@ def _split_scheme(url: Any) -> tuple[str, str]:
         refuse(f'the URL must begin with {SCHEME}://.')
     if not rest:
         refuse(f'nothing follows {SCHEME}://.')
-    if not rest.isprintable() or ' ' in rest and not _is_connection_string(rest):
+    if not rest.isprintable() or (' ' in rest and not _is_connection_string(rest)):
         refuse('the URL holds white space or control characters.')
     if rest[0] in '"\'':
         refuse('the URL stands in quotation marks. Leave them out.')
@@ -217,13 +219,12 @@ def _is_connection_string(text: str) -> bool:
 
 def _refuse_lookalikes(text: str) -> None:
     """Refuse what is meant as a connection string, a shared access signature or a key, but is not written as one."""
-    names = [re.split('=|%3d', part, maxsplit=1, flags=re.IGNORECASE)[0].lower()
-             for part in re.split('[?&;]|%26|%3f', text, flags=re.IGNORECASE) if re.search('=|%3d', part.lower())]
-    if 'sig' in names or 'sharedaccesssignature' in names or names and names[0] in SAS_PARAMETERS:
+    names = re.findall('(?:^|[?&;]|%26|%3f)([a-z]*)(?:=|%3d)', text.lower())
+    if {'sig', 'sharedaccesssignature'}.intersection(names) or SAS_PARAMETERS.intersection(names[:1]):
         refuse(MISPLACED['sas'])
-    key, equals, _ = text.partition('=')
     if 'sharedaccesskey' in names:
         refuse('this is a connection string of Service Bus or Event Hubs. Take that of the storage account.')
+    key, equals, _ = text.partition('=')
     hint = nearest(key, CONNECTION_STRING_KEYS.values()) if equals and not re.search('[?@:/.]', key) else ''
     if hint:
         refuse(f'{_name(key, "what stands before the =")} is no key of a connection string{hint}')
@@ -258,7 +259,7 @@ def _refuse_lone_credential(text: str, known: Mapping[str, str]) -> None:
     word = re.split('[^A-Za-z]', text)[0].lower()
     if word in known:
         refuse(f'{known[word]} needs an @ and an account URL after it.')
-    if 'cred' in word and not text.startswith(word):  # in lower case it may be an account's name
+    if 'cred' in word and not text.startswith(word):  # all in lower case, it may be an account's name
         refuse(f'a credential needs an @ and an account URL after it{nearest(word, known.values())}')
 
 
@@ -340,7 +341,7 @@ def _check_path(host: str, port: str | None, path: str) -> str:
     """Return the path of an account URL: the account's name where the host does not hold it, else nothing."""
     segments = [segment for segment in path.split('/') if segment]
     local = _is_ip_address(host) or '.' not in host
-    path_style = local or (port is not None and '.blob.' not in host) or segments[:1] == [DEVELOPMENT_ACCOUNT]
+    path_style = local or ('.blob.' not in host and (port is not None or segments[:1] == [DEVELOPMENT_ACCOUNT]))
     if local and not segments:
         refuse('the account name is missing. An account of Azure is written https://ACCOUNT.blob.core.windows.net, '
                'and one of an emulator http://HOST:PORT/ACCOUNT_NAME.')

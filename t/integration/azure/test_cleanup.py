@@ -17,7 +17,7 @@ from celery.beat import Scheduler
 from t.services.azurite import Azurite
 from t.services.service import wait_until
 
-#: How many results expire among others. Azurite takes the longer for each deletion the more blobs it has, and minutes
+#: How many results expire among others. The more blobs Azurite has, the longer it takes for each deletion: minutes
 #: of a processor's time for 10,000.
 EXPIRED = int(os.environ.get('AZURE_TESTS_EXPIRED', '1000'))
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpRes
 
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
+from t.services.service import wait_until
 from t.services.tokens import AUDIENCE, CLIENT_ID, TENANT, make_token, read_claims
 
 CLIENT = 'b2f6c1a5-9f60-4f0e-8b1c-52d9a3d2c7aa'
@@ -74,15 +76,20 @@ def principal(authority, monkeypatch):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Return a function that puts a command on the PATH which prints something."""
+def commands(tmp_path, monkeypatch):
+    """The only directory on the PATH."""
     directory = tmp_path / 'commands'
     directory.mkdir()
-    monkeypatch.setenv('PATH', str(directory), prepend=':')
+    monkeypatch.setenv('PATH', str(directory))
+    return directory
 
+
+@pytest.fixture
+def command(commands):
+    """Return a function that makes a command which prints something."""
     def command(name, output):
-        file = directory / name
-        file.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n")
+        file = commands / name
+        file.write_text(f"#!/bin/sh\nprintf '%s\\n' {shlex.quote(output)}\n")
         file.chmod(0o755)
     return command
 
@@ -122,20 +129,22 @@ class test_ManagedIdentityCredential:
     def test_the_token_is_asked_anew_when_it_expires(self, connect, identity):
         identity.lifetime = 2
         backend = connect('ManagedIdentityCredential')
-        store_and_read(backend)
-        asked = len(identity.requests)
-        deadline = time.monotonic() + 30
-        while len(identity.requests) == asked and time.monotonic() < deadline:
-            assert backend.get_result('task') == {'some': 'value'}
-            backend._cache.clear()
-        assert len(identity.requests) > asked
+        backend.get('key')
+        first = len(identity.requests)
+
+        def asked_again():
+            backend.get('key')
+            return len(identity.requests) > first
+
+        wait_until(asked_again, 'another token', 30)
+        assert store_and_read(backend) == {'some': 'value'}
 
 
 class test_WorkloadIdentityCredential:
 
     def test_options_in_the_url(self, connect, authority, token_file):
         backend = connect('WorkloadIdentityCredential', tenant_id=TENANT, client_id=CLIENT,
-                          token_file_path=token_file, authority=authority.url.removeprefix('https://'), **LOCAL)
+                          token_file_path=token_file, authority=authority.url, **LOCAL)
         assert store_and_read(backend) == {'some': 'value'}
         form = authority.requests[-1].parameters
         assert (form['client_id'], form['client_assertion']) == (CLIENT, token_file.read_text())
@@ -257,7 +266,7 @@ class test_DefaultAzureCredential:
         assert store_and_read(backend) == {'some': 'value'}
         assert (len(identity.requests), len(azure_cli.calls)) == (0, 1)
 
-    def test_nobody_answers(self, connect, no_managed_identity):
+    def test_nobody_answers(self, connect, no_managed_identity, commands):
         with fails(ClientAuthenticationError, 'DefaultAzureCredential gave no token', 'EnvironmentCredential',
                    'WorkloadIdentityCredential', 'ManagedIdentityCredential', 'AzureCliCredential'):
             store_and_read(connect('DefaultAzureCredential'))
@@ -364,8 +373,7 @@ class test_what_an_error_says:
         with fails(ClientAuthenticationError, 'AzureCliCredential', 'Failed to invoke'):
             store_and_read(connect('AzureCliCredential', process_timeout=1))
 
-    def test_az_that_is_not_installed(self, connect, tmp_path, monkeypatch):
-        monkeypatch.setenv('PATH', str(tmp_path))
+    def test_az_that_is_not_installed(self, connect, commands):
         with fails(ClientAuthenticationError, 'AzureCliCredential', 'not found'):
             store_and_read(connect('AzureCliCredential'))
 

@@ -81,7 +81,7 @@ class test_patch:
 
     def test_needs_every_file_of_the_manifest(self, release, manifest):
         manifest.write_text('celery/backends/gone.py\n')
-        with pytest.raises(PlaceNotFound, match='no file matches celery/backends/gone.py'):
+        with pytest.raises(LookupError, match='no file matches celery/backends/gone.py'):
             diff.write(release)
 
     def test_names_the_file_where_an_edit_finds_no_place(self, release, monkeypatch):

@@ -56,11 +56,13 @@ class test_report:
 
 class test_open_url:
 
-    def test_takes_itself_for_redis(self):
-        assert OpenURL('azureblockblob://…').startswith('redis')
+    @pytest.mark.parametrize('prefix', ['redis', ('rpc', 'redis')])
+    def test_takes_itself_for_redis(self, prefix):
+        assert OpenURL('azureblockblob://…').startswith(prefix)
 
     def test_stays_what_it_is_to_everyone_else(self):
         url = OpenURL('azureblockblob://…')
         assert url.startswith('azureblockblob://')
         assert not url.startswith('redis://')
+        assert not url.startswith(('rpc', 'cache'))
         assert url == 'azureblockblob://…'

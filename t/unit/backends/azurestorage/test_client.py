@@ -406,8 +406,8 @@ class test_parallel_reads:
 
     def test_as_many_connections_are_kept(self, make_backend):
         with patch.object(client, 'HTTPAdapter', autospec=True, side_effect=client.HTTPAdapter) as adapter:
-            make_backend(azureblockblob_max_concurrency=17).get('a')
-        assert {call.kwargs['pool_maxsize'] for call in adapter.call_args_list} == {17}
+            make_backend(azureblockblob_max_concurrency=170).get('a')
+        assert {call.kwargs['pool_maxsize'] for call in adapter.call_args_list} == {170}
 
 
 class test_closing:

@@ -136,7 +136,7 @@ def make_token(text, expires_on=None, refresh_on=None):
 
 
 CREDENTIAL = Credential()
-NOTHING = object()
+SOMETHING, NOTHING = object(), None
 
 
 def give_credential():
@@ -490,6 +490,7 @@ class test_ConfiguredCredential:
     @pytest.mark.parametrize(('configured', 'message'), [
         ('nowhere.to.be.found', r"cannot import nowhere\.to\.be\.found: No module named 'nowhere'"),
         (f'{__name__}.nothing_of_this_name', 'nothing_of_this_name'),
+        (f'{__name__}.SOMETHING', 'SOMETHING is no TokenCredential and no callable'),
         (f'{__name__}.NOTHING', 'NOTHING is no TokenCredential and no callable'),
         (f'{__name__}.give_for', 'give_for cannot be called without arguments'),
         (give_for, 'function cannot be called without arguments'),
@@ -522,10 +523,10 @@ class CountingLock:
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.came = 0
+        self.came = []
 
     def __enter__(self):
-        self.came += 1
+        self.came.append(threading.current_thread())
         return self.lock.acquire()
 
     def __exit__(self, *exc_info):
@@ -562,7 +563,7 @@ def ask_from_all_threads():
         threads = [threading.Thread(target=ask_one) for _ in range(THREADS)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: lock.came == THREADS)
+        wait_until(lambda: len(lock.came) == THREADS)
         shared.credential.go_on.set()
         for thread in threads:
             thread.join(PATIENCE)
@@ -655,7 +656,8 @@ class test_SharedCredential:
         shared = SharedCredential(credential)
         shared.get_token_info(SCOPE)
         assert shared.get_token_info(SCOPE, options={'claims': 'claims'}).token == 'new'
-        assert credential.asked[-1] == ((SCOPE,), {'claims': 'claims'})
+        assert shared.get_token_info(SCOPE).token == 'new'
+        assert credential.asked == [((SCOPE,), {}), ((SCOPE,), {'claims': 'claims'})]
 
     def test_each_scope_and_tenant_has_a_token_of_its_own(self):
         credential = Credential(make_token('one'), make_token('two'), make_token('three'))

@@ -128,6 +128,34 @@ MISTAKES = [
     'azureblockblob+https://{}', 'azureblockblob+{}://myaccount', 'https://{}@myaccount',
 ]
 
+#: Texts with something that is no key by its looks, but stands where a secret would, and how they are shown.
+SUSPECT = [
+    ('azureblockblob://myaccount:Abc@myaccount', 'azureblockblob://myaccount:**@myaccount'),
+    ('azureblockblob://Abc:myaccount@myaccount', 'azureblockblob://**@myaccount'),
+    ('azureblockblob://:Abc@myaccount', 'azureblockblob://**@myaccount'),
+    ('azureblockblob://Abc@myaccount', 'azureblockblob://**@myaccount'),
+    ('azureblockblob://DefaultAzureCredential:Abc@myaccount', 'azureblockblob://DefaultAzureCredential:**@myaccount'),
+    ('azureblockblob://DefaultAzureCredential@me:Abc@myaccount', 'azureblockblob://**@myaccount'),
+    ('azureblockblob://myaccount:Abc', 'azureblockblob://**'),
+    ('azureblockblob://myaccount:Abc/https://myaccount', 'azureblockblob://**'),
+    ('azureblockblob://myaccount@https://me:Abc', 'azureblockblob://**@**'),
+    ('azureblockblob://Abc', 'azureblockblob://**'),
+    ('azureblockblob://DefaultAzureCredential@myaccount/Abc', 'azureblockblob://DefaultAzureCredential@**'),
+    ('azureblockblob://DefaultAzureCredential@myaccount/a/b', 'azureblockblob://DefaultAzureCredential@**'),
+    ('azureblockblob://DefaultAzureCredential@myaccount#Abc', 'azureblockblob://DefaultAzureCredential@**'),
+    ('azureblockblob://DefaultAzureCredential@myaccount?password=Abc&client_id=a&Abc',
+     'azureblockblob://DefaultAzureCredential@myaccount?**&client_id=a&**'),
+    ('azureblockblob://AccountName=myaccount;AcountKey=Abc;Abc;', 'azureblockblob://AccountName=myaccount;**;**;'),
+    ('azureblockblob://AccountName=Abc;AccountKey=myaccount', 'azureblockblob://AccountName=**;AccountKey=**'),
+    ('azureblockblob://AcountName=myaccount;AccountKey=Abc', 'azureblockblob://**'),
+    ('azureblockblob://BlobEndpoint=https://me:Abc@myaccount;AccountKey=Abc',
+     'azureblockblob://BlobEndpoint=**;AccountKey=**'),
+    ('azureblockblob://BlobEndpoint=https://myaccount?Abc', 'azureblockblob://BlobEndpoint=https://myaccount?**'),
+    ('redis://:Abc@localhost', 'redis:**@localhost'),
+    ('myaccount:Abc@https://myaccount', 'myaccount:**@https://myaccount'),
+    ('AccountName=myaccount;AccountKey=Abc', 'AccountName=myaccount;AccountKey=**'),
+]
+
 FORMS = [KEY, quote(KEY, safe=''), SIGNATURE, quote(SIGNATURE, safe='')]
 
 
@@ -180,9 +208,17 @@ class test_URLs:
         assert not shows(all_texts(caught.value))
         assert not shows(caplog.text)
 
-    def test_masking_twice_is_masking_once(self):
-        for _, shown in SHOWN:
-            assert redact(shown) == shown
+    @pytest.mark.parametrize(('text', 'shown'), SUSPECT)
+    def test_what_stands_where_a_secret_would_is_masked(self, text, shown):
+        assert redact(text) == shown
+
+    def test_another_mask_may_be_used(self):
+        for url, shown in SHOWN + SUSPECT:
+            assert redact(url, '<hidden>') == shown.replace('**', '<hidden>')
+
+    @pytest.mark.parametrize('shown', [shown for _, shown in SHOWN + SUSPECT])
+    def test_masking_twice_is_masking_once(self, shown):
+        assert redact(shown) == shown
 
     @pytest.mark.parametrize(
         'option', sorted({*SETTINGS, *(name for options in CREDENTIAL_OPTIONS.values() for name in options)}))
@@ -321,6 +357,12 @@ WITH_SECRETS = [BY_KEY, BY_STRING, BY_SAS, f'azureblockblob://BlobEndpoint={HOST
 
 
 class test_Pickles:
+
+    def test_it_is_in_none_if_the_app_names_the_class(self):
+        path = 'celery.backends.azureblockblob:AzureBlockBlobBackend'
+        app = make_app(f'{path}+https://myaccount:{KEY}@myaccount')
+        assert app.backend.as_uri(include_password=True) == f'https://myaccount:{KEY}@myaccount'
+        assert not shows(pickle.dumps(app.AsyncResult('id')).decode('latin-1'))
 
     @pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
     @pytest.mark.parametrize('url', WITH_SECRETS)

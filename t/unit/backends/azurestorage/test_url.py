@@ -330,6 +330,7 @@ WRONG = [
     (f'{DEFAULT}myaccount/results/', '?container_name=results,'),
     (f'{DEFAULT}{HOST}/a_b', '?container_name=CONTAINER,'),
     (f'{DEFAULT}{HOST}/results/more', '?container_name=CONTAINER,'),
+    (f'{DEFAULT}{HOST}/devstoreaccount1', '?container_name=devstoreaccount1,'),
     (f'{DEFAULT}https://127.0.0.1:10000/devstoreaccount1/results', '?container_name=results,'),
     (f'{DEFAULT}https://127.0.0.1:10000/dev_store', 'the path of the account URL is no account name'),
     (f'{DEFAULT}{HOST}#results', 'holds an @ or a #'),

@@ -76,6 +76,11 @@ class test_pauses:
         wait()
         assert clock.pauses == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.5, 0.5]
 
+    def test_none_is_longer_than_the_interval_however_far_the_timeout(self, wait, store, clock):
+        clock.on_sleep = lambda count: count == 9 and store()
+        wait(timeout=60)
+        assert clock.pauses[-3:] == [0.5, 0.5, 0.5]
+
     def test_no_interval_is_half_a_second(self, wait, store, clock):
         clock.on_sleep = lambda count: count == 8 and store()
         wait(interval=None)

@@ -1,0 +1,231 @@
+"""The end of a chord: whoever has reported its last part starts its body."""
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from azure.core.exceptions import AzureError
+
+from celery import states
+from celery._state import get_current_worker_task, pop_current_task, push_current_task
+from celery.canvas import maybe_signature
+from celery.exceptions import ChordError
+from celery.utils.functional import maybe_list
+from celery.utils.log import get_logger
+
+from .chordheader import Header, Part, ends_of, is_counted, request_of
+from .chordlog import Changed, ChordLog, Claim, Gone, Leased, LeaseLost, patiently, pauses
+
+__all__ = ('ChordEnd',)
+
+#: How often to try whether a claimed log has become free, in seconds.
+CLAIM_INTERVAL = 1
+
+logger = get_logger(__name__)
+
+
+class ChordEnd:
+    """The end of a chord, for a worker that has reported a part of it.
+
+    Arguments:
+        backend: The backend.
+        request: The part's request, with the body.
+        log: The chord's log.
+        count: Number of blocks in the log with the part; None if it took no more: it was complete, or is full.
+        find_size: Returns the chord's size, or None if it is not known yet.
+        report: Reports a part of another chord.
+    """
+
+    def __init__(self, backend: Any, request: Any, log: ChordLog, count: int | None,
+                 find_size: Callable[[], int | None], report: Callable[[Any, str, Any], None]) -> None:
+        self._backend = backend
+        self._request = request
+        self._log = log
+        self._count = count
+        self._find_size = find_size
+        self._report = report
+
+    def reach(self) -> None:
+        """Start the body if all parts are there. Raises nothing: Celery would report the part again.
+
+        A soft time limit interrupts the main thread only, so that this is done on another one.
+        """
+        task = get_current_worker_task()
+        thread = threading.Thread(target=_call_within, args=(task, task and task.request, self._start_at_last),
+                                  name='azureblockblob-chord')
+        thread.start()
+        while thread.is_alive():
+            try:
+                thread.join()
+            except Exception as exc:
+                logger.warning('Task %s is past its time, but finishes chord %s first: %r',
+                               self._request.id, self._request.group, exc)
+
+    def _start_at_last(self) -> None:
+        """Start the body, whatever goes wrong for `PATIENCE` seconds."""
+        waits = pauses()
+        while True:
+            try:
+                return self._start()
+            except Gone:
+                return None
+            except Exception:
+                logger.exception('Chord %s could not be finished.', self._request.group)
+            pause = next(waits, None)
+            if pause is None:
+                logger.critical('Chord %s was given up: its body is not started.', self._request.group)
+                return None
+            time.sleep(pause)
+
+    def _start(self) -> None:
+        size = self._find_size()
+        if self._count is not None and (size is None or self._count < size):
+            return
+        while True:
+            header = Header.read(self._log)
+            complete = header.is_complete(size)
+            if self._count is not None and not complete:
+                return
+            try:
+                claim = self._claim(header.etag)
+            except Changed:
+                continue
+            if self._start_under(claim, header, complete):
+                return
+
+    def _claim(self, etag: str) -> Claim:
+        """Claim the log; wait for whoever else has claimed it until they are done, or dead."""
+        while True:
+            try:
+                return self._log.claim(etag)
+            except Leased:
+                time.sleep(CLAIM_INTERVAL * random.uniform(0.5, 1.5))
+
+    def _start_under(self, claim: Claim, header: Header, complete: bool) -> bool:
+        """Start the body, or fail it, and delete the log. Return False if the claim was lost before that."""
+        with claim.held():
+            outcome = self._join(header) if complete else ChordError(
+                f'The header of chord {self._request.group} has more parts than its log can hold: '
+                f'give it as a list, so that it can be polled')
+            try:
+                claim.renew()
+            except LeaseLost:
+                return False
+            if isinstance(outcome, ChordError):
+                self._fail(outcome)
+            else:
+                self._publish(outcome)
+            claim.delete_log(header.etag)
+        self._delete_payloads(header)
+        return True
+
+    def _join(self, header: Header) -> list[Any] | ChordError:
+        """Return what the body is called with, or the error that fails it."""
+        container = self._backend.container
+        names = [part.payload for part in header.parts if part.payload]
+        payloads = dict(zip(names, container.account.map(container.read, names), strict=True))
+        try:
+            return header.arrange([self._value(part, payloads) for part in header.parts])
+        except ChordError as exc:
+            return exc
+        except Exception as exc:
+            return _chord_error(f'Join error: {exc!r}', exc)
+
+    def _value(self, part: Part, payloads: Mapping[str, Any]) -> Any:
+        data = part.data
+        if part.payload:
+            blob = payloads[part.payload]
+            if blob is None:
+                raise LookupError(f'the result of task {part.task_id} is gone')
+            data = blob.data
+        result = self._backend.decode_blob(data)
+        if part.state in states.EXCEPTION_STATES:
+            result = self._backend.exception_to_python(result)
+        if part.state in states.PROPAGATE_STATES:
+            raise _chord_error(f'Dependency {part.task_id} raised {result!r}', result)
+        return result
+
+    def _body(self) -> Any:
+        body = {key: value for key, value in self._request.chord.items() if key != 'chord_size'}
+        return maybe_signature(body, app=self._backend.app)
+
+    def _publish(self, results: list[Any]) -> None:
+        amqp, body = self._backend.app.amqp, self._body()
+        try:
+            if hasattr(amqp, '_retry_publish'):  # Celery 5.7
+                amqp._retry_publish(body.delay, results)
+            else:
+                body.delay(results)
+        except Exception as exc:
+            logger.exception('The body of chord %s could not be published.', self._request.group)
+            self._fail(_chord_error(f'Callback error: {exc!r}', exc))
+
+    def _fail(self, error: ChordError) -> None:
+        """Fail the body, and with it the parts that it is of another chord. Raises nothing.
+
+        Celery calls the errbacks first: they must not be called again, whatever goes wrong then.
+        """
+        logger.error('Chord %s failed: %s', self._request.group, error)
+        body = self._body()
+        try:
+            parts = [end for end in ends_of(body) if is_counted(request_of(end))]
+            _leave_errbacks_to_outer_chord(body, parts)
+            self._fail_body(body, error)
+            for part in parts:
+                self._report(request_of(part), states.FAILURE, error)
+        except Exception:
+            logger.critical('The failure of chord %s could not be stored.', self._request.group, exc_info=True)
+
+    def _fail_body(self, body: Any, error: ChordError) -> None:
+        backend = self._backend
+        try:
+            raise error  # Celery takes the traceback of the exception being handled
+        except ChordError:
+            try:
+                backend.chord_error_from_stack(body, error)
+            except Exception as exc:
+                logger.warning('The failure of chord %s is stored again: %r', self._request.group, exc)
+                result = backend.encode_result(error, states.FAILURE)
+                patiently(lambda: backend._store_result(body.id, result, states.FAILURE))
+
+    def _delete_payloads(self, header: Header) -> None:
+        """Delete the blobs of large results. What is left of them expires."""
+        container = self._backend.container
+        try:
+            container.account.map(container.delete, header.payloads)
+        except AzureError as exc:
+            logger.warning('Blobs of chord parts were not deleted, and expire: %r', exc)
+
+
+def _leave_errbacks_to_outer_chord(body: dict[str, Any], parts: Iterable[dict[str, Any]]) -> None:
+    """Take away the errbacks that the outer chord has too: `chord.link_error` gives them to nested chords also."""
+    outer = [errback for part in parts for errback in _errbacks_of(part['options']['chord'])]
+    for signature in (body, *parts):
+        own = [errback for errback in _errbacks_of(signature) if errback not in outer]
+        signature['options'] = {**signature['options'], 'link_error': own}
+
+
+def _errbacks_of(signature: Mapping[str, Any]) -> list[Any]:
+    return maybe_list(signature['options'].get('link_error')) or []
+
+
+def _chord_error(message: str, cause: Any) -> ChordError:
+    error = ChordError(message)
+    error.__cause__ = cause if isinstance(cause, BaseException) else None
+    return error
+
+
+def _call_within(task: Any, request: Any, function: Callable[[], None]) -> None:
+    """Call a function as if `task` did: what it publishes inherits that task's root, and has it for its parent."""
+    if task is None:
+        return function()
+    push_current_task(task)
+    task.request_stack.push(request)
+    try:
+        return function()
+    finally:
+        task.request_stack.pop()
+        pop_current_task()
