@@ -6,6 +6,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+space := $(subst ,, )
 UPSTREAM := PYTHONPATH=extra $(BIN)/python -m upstream
 
 # In CI, a service that cannot be started fails the tests; elsewhere it skips them.
@@ -16,12 +17,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install node demo test unit integration smoke lint docs patch upstream-test upstream-integration bench tox \
-	check-wheel clean
+.PHONY: help install node demo test unit integration smoke lint docs patch upstream-test upstream-integration bench \
+	tox check-wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "PYTHON=… chooses the interpreter of $(VENV), CELERY=… the release for patch and upstream-test ($(CELERY))."
+	@echo "PYTHON=… chooses the interpreter of $(VENV), CELERY=… the release for upstream ($(CELERY))."
 
 install: $(VENV)/.installed  ## make .venv, with the plugin (editable) and what the tests need
 
@@ -54,7 +55,7 @@ patch: install  ## write the upstream patch to build/
 upstream-test: install  ## run Celery's own unit tests without and with the patch (9 minutes; then 5)
 	@$(UPSTREAM) test $(CELERY)
 
-upstream-integration: $(VENV)/.installed-dev node  ## run Celery's integration tests with this backend, and with Redis (an hour)
+upstream-integration: $(VENV)/.installed-dev node  ## run Celery's integration tests, with Redis too (an hour)
 	@PYTHONPATH=extra:. $(BIN)/python -m upstream integration $(CELERY)
 
 bench: $(VENV)/.installed-dev node  ## measure this backend beside released Celery's; writes docs/measurements.rst
@@ -63,7 +64,7 @@ bench: $(VENV)/.installed-dev node  ## measure this backend beside released Cele
 	$(BIN)/python -m t.benchmarks.report build/results.json build/chords.json docs
 
 tox: $(VENV)/.installed-dev  ## run the unit tests on Celery 5.4 to 5.7 and each Python that is on PATH or in pyenv
-	PATH="$(subst $(eval ) ,:,$(wildcard $(HOME)/.pyenv/versions/3.1?.*/bin)):$$PATH" $(BIN)/tox run
+	PATH="$(subst $(space),:,$(wildcard $(HOME)/.pyenv/versions/3.1?.*/bin)):$$PATH" $(BIN)/tox run
 
 check-wheel: $(VENV)/.installed-dev node  ## build the wheel, and use it in an empty environment with released Celery
 	@PYTHONPATH=. $(BIN)/python extra/plugin/check_wheel.py

@@ -4,7 +4,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath('_ext'))
 
-import celery_azureblockblob  # noqa: E402
+import celery_azureblockblob
 
 project = 'celery-azureblockblob'
 version = release = celery_azureblockblob.__version__

@@ -21,7 +21,7 @@ from .base import KeyValueStoreBackend, unpickle_backend
 try:
     from .azurestorage import chordlog, chords, client, errors, expiry
 except ImportError:  # __init__ tells the user what to install
-    chordlog = chords = client = errors = expiry = None
+    chordlog = chords = client = errors = expiry = None  # type: ignore[assignment]
 
 __all__ = ('AzureBlockBlobBackend',)
 

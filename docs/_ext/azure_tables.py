@@ -1,11 +1,11 @@
 """Directives that make the reference from the tables in the code: ``credential-table`` and ``setting-table``."""
 from collections.abc import Iterator
 
-import celery_azureblockblob  # noqa: F401  (makes the modules below those of this tree)
 from docutils.nodes import literal
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+import celery_azureblockblob  # noqa: F401  (makes the modules below those of this tree)
 from celery.backends.azurestorage.credentials import CREDENTIALS, CredentialType
 from celery.backends.azurestorage.options import SETTINGS, Option
 

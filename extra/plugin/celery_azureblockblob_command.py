@@ -14,17 +14,14 @@ import click
 UNITS = {'': 1, 's': 1, 'm': 60, 'h': 60 * 60, 'd': 24 * 60 * 60}
 
 
-class Duration(click.ParamType):
-    """A time span such as ``90``, ``15m``, ``12h`` or ``30d``, as a number of seconds."""
-
-    name = 'duration'
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return `value` in seconds."""
-        match = re.fullmatch(r'(\d+(?:\.\d+)?)([smhd]?)', str(value).strip().lower())
-        if not match or not float(match[1]):
-            self.fail('write a number above 0 and a unit: 90s, 15m, 12h or 30d.', param, ctx)
-        return float(match[1]) * UNITS[match[2]]
+def read_age(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """Return an age such as ``90``, ``15m``, ``12h`` or ``30d`` in seconds."""
+    if value is None:
+        return None
+    match = re.fullmatch(r'(\d{1,9}(?:\.\d+)?)([smhd]?)', value.strip().lower())
+    if not match or not float(match[1]):
+        raise click.BadParameter('write a number above 0 and a unit: 90s, 15m, 12h or 30d.')
+    return float(match[1]) * UNITS[match[2]]
 
 
 @click.group()
@@ -33,7 +30,7 @@ def azureblockblob() -> None:
 
 
 @azureblockblob.command()
-@click.option('--older-than', type=Duration(), metavar='AGE',
+@click.option('--older-than', callback=read_age, metavar='AGE',
               help='Delete what is older than this (90s, 15m, 12h, 30d). Default: the setting result_expires.')
 @click.option('--dry-run', is_flag=True, help='Only count.')
 @click.pass_context
@@ -45,6 +42,14 @@ def cleanup(ctx: click.Context, older_than: float | None, dry_run: bool) -> None
     backend = ctx.obj.app.backend
     if not hasattr(backend, 'delete_expired'):
         raise click.UsageError(f'The result backend of this app is {type(backend).__name__}, not azureblockblob.')
+    from azure.core.exceptions import AzureError  # what there is of the SDK once there is a backend
+    try:
+        _clean_up(backend, older_than, dry_run)
+    except AzureError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+def _clean_up(backend: Any, older_than: float | None, dry_run: bool) -> None:
     totals = backend.delete_expired(older_than, dry_run=True)
     if totals is None:
         raise click.UsageError('Results of this app do not expire (result_expires): say --older-than.')

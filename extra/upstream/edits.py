@@ -46,7 +46,7 @@ def mask_backend_urls(utils: str) -> str:
 
 
 #: Whether a URL chooses our backend, by its alias or by the path of its class.
-_IS_OURS = "'azureblockblob' in url.partition('://')[0]"
+_IS_OURS = "'azureblockblob' in url.partition('://')[0].lower()"
 
 
 def _mask_in_sanitize_url(utils: str) -> str:

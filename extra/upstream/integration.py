@@ -14,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from t.services.azurite import Azurite
+from t.services.process import Process
 from t.services.redis import Redis
-from t.services.service import HOST, ServiceUnavailable
+from t.services.service import HOST, ServiceUnavailable, wait_until
 from upstream import source
 from upstream.suite import PYTHON, Outcomes, outcomes
 
@@ -95,39 +96,51 @@ def _run(release: str, name: str, folder: Path) -> Outcomes:
     (tree / 'integration-tests-config.json').write_text(json.dumps(SETTINGS), encoding='utf-8')
     source.BUILD.mkdir(exist_ok=True)
     xml = source.BUILD / f'integration-{name}-{release}-py{PYTHON}.xml'
-    log = xml.with_suffix('.log')
     xml.unlink(missing_ok=True)
-    print(f"Running Celery's integration tests with {name}; follow them in {os.path.relpath(log)} …", flush=True)
-    with _services(name, folder) as environment, log.open('w', encoding='utf-8') as output:
-        subprocess.run(
-            [sys.executable, '-m', 'pytest', *FILES, '-v', '-p', 'no:cacheprovider',
-             # Celery's own fixtures, without those of pytest-celery, which need Docker.
-             '-p', 'no:celery', '-p', 'celery.contrib.pytest',
-             # No reruns: a test that only passes at times shows.
-             '-p', 'no:rerunfailures', '-p', 'upstream.pytest_upstream',
-             '-o', 'junit_family=xunit1', f'--junitxml={xml}'],
-            cwd=tree, env=dict(environment), stdout=output, stderr=subprocess.STDOUT, timeout=SUITE_TIMEOUT)
+    with _services(name, folder) as environ, _Suite(tree, xml, environ) as suite:
+        print(f"Running Celery's integration tests with {name}; follow them in {os.path.relpath(suite.log_file)} …",
+              flush=True)
+        wait_until(lambda: not suite.running, f'the tests with {name}', SUITE_TIMEOUT)
     if not xml.exists():
-        raise subprocess.SubprocessError(f'The tests did not run to their end: see {log}')
+        raise subprocess.SubprocessError(f'The tests did not run to their end: see {suite.log_file}')
     return outcomes(xml)
+
+
+class _Suite(Process):
+    """The tests in `tree`, which write what became of them to `xml`, and a log beside it."""
+
+    def __init__(self, tree: Path, xml: Path, environ: Mapping[str, str]) -> None:
+        super().__init__(xml.with_suffix('.log'), environ, cwd=tree)
+        self._xml = xml
+
+    def command(self) -> list[str]:
+        return [
+            sys.executable, '-m', 'pytest', *FILES, '-v', '-p', 'no:cacheprovider',
+            # Celery's own fixtures, without those of pytest-celery, which need Docker.
+            '-p', 'no:celery', '-p', 'celery.contrib.pytest',
+            # No reruns: a test that only passes at times shows.
+            '-p', 'no:rerunfailures', '-p', 'upstream.pytest_upstream',
+            '-o', 'junit_family=xunit1', f'--junitxml={self._xml}']
+
+    def is_ready(self) -> bool:
+        return True
 
 
 @contextmanager
 def _services(name: str, folder: Path) -> Iterator[Mapping[str, str]]:
     """Start what the tests with one backend need, and yield their environment."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(('PYTEST_', 'TEST_'))}
     with Redis(folder) as redis:
-        environment = inherited | redis.environ | {
-            'PYTHONPATH': str(source.ROOT / 'extra'),
+        environ = redis.environ | {
+            'PYTHONPATH': str(source.ROOT / 'extra'), 'PYTEST_ADDOPTS': '',
             'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
             'TEST_BROKER': redis.url, 'TEST_BACKEND': redis.url,
             'REDIS_HOST': HOST, 'REDIS_PORT': str(redis.port), 'WORKER_LOGLEVEL': 'INFO'}
         if name == 'redis':
-            yield environment
+            yield environ
             return
         with Azurite(folder, tls=False) as azurite:
             url = f'azureblockblob://{azurite.connection_string}'
-            yield environment | azurite.environ | {'TEST_BACKEND': url, 'AZUREBLOCKBLOB_URL': url}
+            yield environ | azurite.environ | {'TEST_BACKEND': url, 'AZUREBLOCKBLOB_URL': url}
 
 
 def _check_installed(release: str) -> None:

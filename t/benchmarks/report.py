@@ -23,10 +23,10 @@ Measurements
 
 .. This page is written by "make bench".
 
-Released Celery's backend and this one were measured in turn, in one process, on the same Azurite: near, over loopback,
-and far, through a proxy that adds {round_trip:.0f} ms to each round trip. The machine has two cores, which Azurite, proxy
-and client share, and other work to do, so that only ratios mean something: how many times as much released Celery took,
-round by round, as a median with its quartiles. Azure itself was not measured.
+Released Celery's backend and this one were measured in turn, in one process, on the same Azurite: near, over
+loopback, and far, through a proxy that adds {round_trip:.0f} ms to each round trip. The machine has two cores, which
+Azurite, proxy and client share, and other work to do, so that only ratios mean something: how many times as much
+released Celery took, round by round, as a median with its quartiles. Azure itself was not measured.
 
 {date}; {versions}.
 """

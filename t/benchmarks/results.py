@@ -1,4 +1,4 @@
-"""What storing and reading results costs: released Celery's module and ours, in turn, in one process, on one Azurite.
+"""What storing and reading results costs: released Celery's module and ours, in turn, on one Azurite.
 
     python -m t.benchmarks.results build/results.json [--quick]
 """
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import celery_azureblockblob  # noqa: F401  (makes celery.backends.azureblockblob ours)
 import requests.adapters
 from azure.storage.blob import BlobServiceClient
 
+import celery_azureblockblob  # noqa: F401  (makes celery.backends.azureblockblob ours)
 from celery import Celery, states, uuid
 from celery.backends.azureblockblob import AzureBlockBlobBackend
 from celery.backends.azurestorage.client import close_clients

@@ -3,11 +3,14 @@
 :mod:`~celery.backends.azureblockblob` is what Celery calls; the modules here are its parts and nothing else uses
 them. Each imports only those below it::
 
-    chords          what a worker does with the log of a chord
-    chordlog        the parts of a chord, in one append blob
+    expiry          deleting what has expired
+    chords          what starts a chord, and what each of its parts does when it has finished
+    chordend        starting the body when all parts are there, once
+    chordheader     what the log of a chord says of its parts
+    chordlog        the log of a chord, an append blob
     client          one BlobServiceClient per process, account and identity
-    credentials     the credentials that a URL may name, built with azure-identity
     errors          which errors are temporary, and what to tell the user about the others
+    credentials     the credentials that a URL may name, built with azure-identity
     url             backend URL -> frozen value; masking. No I/O, no Azure import
     options         names, defaults, units and checks of settings and credential options
 """

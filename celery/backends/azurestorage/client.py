@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
+from queue import Queue
 from typing import Any, NamedTuple, TypeVar
 
 import requests
@@ -101,8 +103,24 @@ class _Clients:
     """The clients of this process. A fork leaves them to the parent, whose sockets they hold."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.by_key: dict[Any, AccountClient] = {}
+        self._locks: dict[Any, threading.Lock] = {}
+
+    def get(self, url: BackendURL, settings: Mapping[str, Any]) -> AccountClient:
+        """Return the client of an account and identity. The lock is its own: a credential may take long to build."""
+        key = _client_key(url, settings)
+        account = self.by_key.get(key)
+        if account is None:
+            with self._locks.setdefault(key, threading.Lock()):
+                account = self.by_key.get(key)
+                if account is None:
+                    account = self.by_key[key] = AccountClient(url, settings)
+        return account
+
+    def close(self) -> None:
+        """Close all of them."""
+        for key in list(self.by_key):
+            self.by_key.pop(key).close()
 
 
 _clients = _Clients()
@@ -132,25 +150,12 @@ def get_container(url: BackendURL, settings: Mapping[str, Any]) -> BlobContainer
     Raises:
         celery.exceptions.ImproperlyConfigured: if the credential cannot be built.
     """
-    key = _client_key(url, settings)
-    clients = _clients
-    account = clients.by_key.get(key)
-    if account is None:
-        with clients.lock:
-            account = clients.by_key.get(key)
-            if account is None:
-                account = clients.by_key[key] = AccountClient(url, settings)
-    return account.container(settings['container_name'])
+    return _clients.get(url, settings).container(settings['container_name'])
 
 
 def close_clients() -> None:
     """Close all clients of this process: connections, credentials, threads. The next use builds anew."""
-    clients = _clients
-    with clients.lock:
-        accounts = list(clients.by_key.values())
-        clients.by_key.clear()
-    for account in accounts:
-        account.close()
+    _clients.close()
 
 
 def _client_key(url: BackendURL, settings: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -174,7 +179,7 @@ class AccountClient:
         self.retry_policy = _retry_policy(settings)
         self._configured = settings['credential']  # kept, so that its id stands for nothing else
         self._credential = None if url.account_key or url.sas else build_credential(
-            url, self._configured, request_logger)
+            url, self._configured, request_logger, settings['read_timeout'])
         self._service = _build_service(url, settings, self._credential, self.retry_policy)
         self._containers: dict[str, BlobContainer] = {}
         self._max_concurrency: int = settings['max_concurrency']
@@ -201,7 +206,12 @@ class AccountClient:
             return [function(item) for item in items]
         threads = self._threads()
         futures = [threads.submit(function, item) for item in items]
+        ended: Queue[Future[R]] = Queue()
+        for future in futures:
+            future.add_done_callback(ended.put)
         try:
+            for _ in futures:
+                ended.get().result()  # in the order in which they end, so that no error waits for a slow answer
             return [future.result() for future in futures]
         finally:
             for future in futures:
@@ -367,10 +377,11 @@ class BlobContainer:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
+        handled = sys.exc_info()[1]  # Celery stores a task's failure while it handles that task's exception
         try:
             yield
         except (AzureError, TokenError) as exc:
-            hide(exc)
+            hide(exc, handled)
             told = explain(exc, self.account.identity, self._place)
             if told is None:
                 raise

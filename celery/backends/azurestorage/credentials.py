@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from celery.exceptions import ImproperlyConfigured
+from celery.exceptions import ImproperlyConfigured, SoftTimeLimitExceeded
 from celery.utils.imports import symbol_by_name
 
 from .options import Option, boolean, matching, text, whole_number
@@ -184,13 +184,16 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         refuse(f'{name} needs in the URL: {", ".join(missing)}.')
 
 
-def build_credential(url: BackendURL, configured: Any, logger: Any) -> SharedCredential:
+def build_credential(
+    url: BackendURL, configured: Any, logger: Any, read_timeout: float | None = None,
+) -> SharedCredential:
     """Build the credential that `url` names, or that `configured` is or leads to.
 
     Arguments:
         url: The backend's URL.
         configured: The setting ``azureblockblob_credential``.
         logger: Where azure-identity logs its requests.
+        read_timeout: How long a sign-in service may take for the next part of its answer, in seconds.
 
     Raises:
         celery.exceptions.ImproperlyConfigured: if azure-identity is missing or refuses the options.
@@ -200,7 +203,8 @@ def build_credential(url: BackendURL, configured: Any, logger: Any) -> SharedCre
     _check_environment(url.credential, url.options)
     cls = getattr(import_module('azure.identity'), url.credential)
     try:
-        return SharedCredential(cls(**_keywords(url.credential, url.options), **_pipeline_keywords(cls, logger)))
+        keywords = _keywords(url.credential, url.options) | _pipeline_keywords(cls, logger, read_timeout)
+        return SharedCredential(cls(**keywords))
     except Exception as exc:  # a file that is missing, a certificate that cannot be read, and so on
         raise ImproperlyConfigured(f'{url.credential}: {exc}') from exc
 
@@ -218,10 +222,12 @@ def _keywords(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return keywords
 
 
-def _pipeline_keywords(cls: Callable[..., Any], logger: Any) -> dict[str, Any]:
+def _pipeline_keywords(cls: Callable[..., Any], logger: Any, read_timeout: float | None) -> dict[str, Any]:
     """Return keyword arguments for what sends requests. AzureCliCredential sends none, and takes no others."""
     kinds = {parameter.kind for parameter in inspect.signature(cls).parameters.values()}
-    return {'logger': logger} if inspect.Parameter.VAR_KEYWORD in kinds else {}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        return {}
+    return {'logger': logger} if read_timeout is None else {'logger': logger, 'read_timeout': read_timeout}
 
 
 def _check_environment(name: str, options: Mapping[str, Any]) -> None:
@@ -274,7 +280,7 @@ def _is_credential(value: Any) -> bool:
 
 def _load(configured: Any) -> Any:
     found = resolve(configured)
-    credential = found if _is_credential(found) else found()
+    credential = found if _is_credential(found) else _call(found)
     if not _is_credential(credential):
         raise ImproperlyConfigured(
             f'azureblockblob_credential: {type(credential).__name__} is no TokenCredential: it has no get_token.')
@@ -283,6 +289,13 @@ def _load(configured: Any) -> Any:
             f'azureblockblob_credential: {type(credential).__name__} is asynchronous. '
             'The class of this name in azure.identity is not.')
     return credential
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except Exception as exc:  # whatever a function of the user's own raises
+        raise ImproperlyConfigured(f'azureblockblob_credential: {function!r} raised {exc!r}') from exc
 
 
 class TokenError(Exception):
@@ -331,8 +344,11 @@ class SharedCredential:
         if options.get('claims'):  # the service rejected the token that is kept
             self._tokens[key] = _keep(self._ask(scopes, options))
             return self._tokens[key].token
-        failures = self._failures
-        with self._lock:
+        failures, kept = self._failures, self._tokens.get(key)
+        valid = kept is not None and kept.token.expires_on > time.time()
+        if not self._lock.acquire(blocking=not valid):
+            return kept.token  # another thread renews it
+        try:
             kept = self._tokens.get(key)
             if kept and time.time() < kept.renew_on:
                 return kept.token
@@ -341,6 +357,8 @@ class SharedCredential:
                 raise TokenError(str(self._failure)) from self._failure
             self._tokens[key] = self._renew(kept, scopes, options)
             return self._tokens[key].token
+        finally:
+            self._lock.release()
 
     def get_token(self, *scopes: str, **options: Any) -> Any:
         """Return an :class:`~azure.core.credentials.AccessToken` for `scopes`."""
@@ -367,10 +385,13 @@ class SharedCredential:
             if hasattr(self.credential, 'get_token_info'):
                 return self.credential.get_token_info(*scopes, options=options)
             token = self.credential.get_token(*scopes, **options)
+        except SoftTimeLimitExceeded:  # of the task, not of the credential
+            raise
         except Exception as exc:  # a credential of the user's own may raise anything
             raise TokenError(str(exc)) from exc
         return import_module('azure.core.credentials').AccessTokenInfo(token.token, token.expires_on)
 
 
 def _keep(token: Any) -> _Kept:
-    return _Kept(token, getattr(token, 'refresh_on', None) or token.expires_on - RENEW_BEFORE_EXPIRY)
+    renew_on = getattr(token, 'refresh_on', None) or token.expires_on - RENEW_BEFORE_EXPIRY
+    return _Kept(token, max(renew_on, min(time.time() + RENEWAL_PAUSE, token.expires_on)))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from azure.core import exceptions as core
@@ -133,7 +133,7 @@ def _advice(exc: BaseException, identity: Identity, place: str) -> str:
 
 def _is_certificate_error(exc: BaseException) -> bool:
     return isinstance(exc, core.AzureError) and any(
-        isinstance(link, ssl.SSLCertVerificationError) for link in _chain(exc))
+        isinstance(link, ssl.SSLCertVerificationError) for link in _links(exc, _causes))
 
 
 def _retell(exc: BaseException, advice: str) -> BaseException:
@@ -146,12 +146,16 @@ def _retell(exc: BaseException, advice: str) -> BaseException:
     return told
 
 
-def hide(exc: BaseException) -> None:
+def hide(exc: BaseException, handled: BaseException | None = None) -> None:
     """Mask signatures in the texts of an exception and of all that it is chained to, in place.
 
     A shared access signature is part of a request's URL, which urllib3 repeats in what it says of the request.
+
+    Arguments:
+        exc: What the SDK raised.
+        handled: What was being handled before the request. It is somebody else's, and stays as it is.
     """
-    for link in _chain(exc):
+    for link in _links(exc, lambda link: [*_causes(link), link.__context__], handled):
         link.args = tuple(mask_signatures(arg) for arg in link.args)
         vars(link).update({name: mask_signatures(value) for name, value in vars(link).items()})
 
@@ -161,14 +165,23 @@ def mask_signatures(value: object) -> object:
     return _SIGNATURE.sub(rf'\1{MASK}', value) if isinstance(value, str) else value
 
 
-def _chain(exc: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and all that hang on it: causes, contexts, wrapped errors."""
-    seen: set[int] = set()
+def _causes(exc: BaseException) -> list[object]:
+    """Return what an exception was raised for, and what it wraps; not what happened to be handled at the time.
+
+    That is what an AzureError keeps as `exc_value`.
+    """
+    return [exc.__cause__, *exc.args, *(value for name, value in vars(exc).items() if name != 'exc_value')]
+
+
+def _links(
+    exc: BaseException, following: Callable[[BaseException], list[object]], excluded: BaseException | None = None,
+) -> Iterator[BaseException]:
+    """Yield an exception and all exceptions that `following` leads to, but not beyond `excluded`."""
+    seen = {id(excluded)}
     pending: list[object] = [exc]
     while pending:
         link = pending.pop()
-        if not isinstance(link, BaseException) or id(link) in seen:
-            continue
-        seen.add(id(link))
-        yield link
-        pending += [link.__cause__, link.__context__, *link.args, *vars(link).values()]
+        if isinstance(link, BaseException) and id(link) not in seen:
+            seen.add(id(link))
+            yield link
+            pending += following(link)

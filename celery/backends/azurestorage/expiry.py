@@ -46,7 +46,7 @@ def delete_expired(
     totals = Totals()
     now = datetime.now(timezone.utc)
     for prefix, age in ages.items():
-        oldest = now - timedelta(seconds=age)
+        oldest = now - timedelta(seconds=min(age, now.timestamp()))  # before 1970, Azure had no blobs
         for batch in _batches(_expired(container, prefix, oldest, totals)):
             totals.expired += len(batch)
             if not dry_run:

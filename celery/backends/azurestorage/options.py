@@ -138,7 +138,7 @@ SETTINGS: Mapping[str, Option] = {
     'read_timeout': Option(
         seconds(), 'How long the service may take for the next part of its answer.', 'int', 120, 'seconds'),
     'retry_initial_backoff_sec': Option(
-        seconds(zero=True), 'What a pause between two attempts of a request lasts, half of it more or less at random.',
+        seconds(zero=True), 'What a pause between two attempts of a request lasts, give or take half of it.',
         'int', 2, 'seconds'),
     'retry_increment_base': Option(
         whole_number(0), 'The pause before attempt *n* grows by this number to the power of *n*.',

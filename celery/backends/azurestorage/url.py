@@ -88,6 +88,9 @@ _SHOWN_PLACE = re.compile(
 _SHOWN_OPTION = re.compile(
     r'(?:[a-z]+_)*'
     r'(?:attempts|authority|base|chain|chords|concurrency|credential|discovery|id|name|path|sec|subscription|timeout)=')
+# Of an endpoint's query; the value of sig is masked by _BARE_SECRET.
+_SHOWN_PARAMETER = re.compile(
+    r'(?:sig=|(?:comp|restype|s[eiprstv]|spr|srt)=[a-z0-9:.-]{0,30}\Z)', re.IGNORECASE)
 _BARE_KEY = r'(?<![a-z0-9+/])(?:[a-z0-9+/]|%2[bf]){40,}(?:=|%3d){1,2}'
 _BARE_SECRET = re.compile(rf'((?:(?<![a-z])|(?<=%3f))sig(?:=|%3d))[^&;]*|{_BARE_KEY}', re.IGNORECASE)
 
@@ -175,8 +178,9 @@ def _redact_field(field: str, mask: str) -> str:
         return mask if field.strip() else field
     if name in SECRET_KEYS:
         return f'{key}={mask}'
-    place, question, _ = value.partition('?')
-    return f'{key}={place if _SHOWN_PLACE.match(place.strip()) else mask}{question and question + mask}'
+    place, question, query = value.partition('?')
+    shown = place if _SHOWN_PLACE.match(place.strip()) else mask
+    return f'{key}={shown}{question}{_redact_query(query, _SHOWN_PARAMETER, mask)}'
 
 
 def _redact_parts(text: str, mask: str) -> str:
@@ -189,8 +193,11 @@ def _redact_parts(text: str, mask: str) -> str:
         user_info = mask
     if account and not _SHOWN_PLACE.match(account):
         account = mask
-    options = '&'.join(part if _SHOWN_OPTION.match(part) else part and mask for part in query.split('&'))
-    return f'{user_info}{at}{account}{question}{options}'
+    return f'{user_info}{at}{account}{question}{_redact_query(query, _SHOWN_OPTION, mask)}'
+
+
+def _redact_query(query: str, shown: re.Pattern[str], mask: str) -> str:
+    return '&'.join(part if shown.match(part) else part and mask for part in query.split('&'))
 
 
 def _split_scheme(url: Any) -> tuple[str, str]:

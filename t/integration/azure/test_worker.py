@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from celery import chord, group, states
+from celery.exceptions import ChordError
 from t.services.fixtures import give_up
 from t.services.service import wait_until
 
@@ -71,8 +72,9 @@ class test_what_a_task_leaves:
 
     def test_a_polled_chord_whose_part_fails(self, project):
         header = [project.task('add').s(1, 1), project.task('fail').s('bad luck')]
-        with pytest.raises(Exception, match='bad luck'):
-            chord(header)(project.task('total').s()).get(timeout=TIMEOUT)
+        body = chord(header)(project.task('total').s())
+        with pytest.raises(ChordError, match='bad luck'):
+            project.app.AsyncResult(body.id).get(timeout=TIMEOUT)
 
     def test_a_task_that_is_retried(self, project):
         assert project.task('succeed_at_attempt').delay(3).get(timeout=TIMEOUT) == 3

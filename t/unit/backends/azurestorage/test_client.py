@@ -151,11 +151,28 @@ class test_fork:
         assert in_child(use) == [['0', '1', '2', '3'], False, 2]
         assert use() == [['0', '1', '2', '3'], True, 1]
 
-    def test_a_lock_that_is_held_in_the_parent_does_not_block_the_child(self, backend):
+    def test_a_child_waits_for_no_lock_of_its_parent(self, backend):
         backend.get('a')
-        account = backend.container.account
-        with client._clients.lock, account._lock:
+        with backend.container.account._lock:
             assert in_child(lambda: backend.mget(['a', 'b'])) == [None, None]
+
+    def test_a_child_does_not_wait_for_a_client_that_its_parent_builds(self, backend, monkeypatch):
+        building, release = threading.Event(), threading.Event()
+
+        def take_long():
+            if threading.current_thread() is not threading.main_thread():
+                building.set()
+                release.wait(DEADLINE)
+
+        before(monkeypatch, client, '_build_service', take_long)
+        thread = threading.Thread(target=lambda: backend.get('a'))
+        thread.start()
+        assert building.wait(DEADLINE)
+        try:
+            assert in_child(lambda: backend.mget(['a', 'b'])) == [None, None]
+        finally:
+            release.set()
+            thread.join(DEADLINE)
 
     def test_the_child_keeps_no_etag_of_the_parent(self, backend):
         backend.store_result('id', None, states.STARTED)
@@ -175,6 +192,12 @@ class test_the_container:
         backend.mget(['a', 'b'])
         backend.delete('a')
         assert 'Create Container' not in fake_service.operations
+
+    def test_is_missed_by_requests_that_are_no_results(self, backend, fake_service):
+        with pytest.raises(core.ResourceNotFoundError):
+            backend.container.call('a', lambda blob: blob.append_block(b'x'))
+        backend.container.call('a', lambda blob: blob.create_append_blob(), creating=True)
+        assert fake_service.operations == ['Append Block', 'Put Blob', 'Create Container', 'Put Blob']
 
     def test_needs_no_right_to_be_made_where_it_is_there(self, backend, fake_service):
         backend.set('makes it', b'')
@@ -361,11 +384,11 @@ class test_environment:
 class test_parallel_reads:
 
     def test_an_error_of_one_ends_the_call(self, backend, fake_service):
-        keys = [f'key-{number}' for number in range(500)]
         fake_service.on('Get Blob', 'key-7', answer=(403, 'AuthorizationPermissionMismatch'))
         with pytest.raises(core.HttpResponseError, match='may not'):
-            backend.mget(keys)
-        assert len(fake_service.requests) < 500
+            backend.mget([f'key-{number}' for number in range(500)])
+        backend.mget(['later', 'later'])  # they queue behind whatever is left of the call
+        assert len(fake_service.requests) < 400
 
     def test_an_error_does_not_wait_for_those_that_hang(self, backend, fake_service):
         release, given_up = threading.Event(), []
@@ -502,11 +525,13 @@ def in_child(function):
         warnings.simplefilter('ignore', DeprecationWarning)  # Python 3.12 warns of threads, which are the point here
         pid = os.fork()
     if not pid:
+        signal.alarm(DEADLINE)  # ends the process, should it hang
         try:
-            signal.alarm(DEADLINE)  # ends the process, should it hang
-            os.write(writing, json.dumps(function()).encode())
-        finally:
-            os._exit(0)
+            given = function()
+        except Exception as exc:
+            given = repr(exc)
+        os.write(writing, json.dumps(given).encode())
+        os._exit(0)
     os.close(writing)
     with open(reading, 'rb') as pipe:
         data = pipe.read()  # ends with the child

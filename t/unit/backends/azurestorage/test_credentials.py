@@ -525,11 +525,11 @@ class CountingLock:
         self.lock = threading.Lock()
         self.came = []
 
-    def __enter__(self):
+    def acquire(self, blocking=True):
         self.came.append(threading.current_thread())
-        return self.lock.acquire()
+        return self.lock.acquire(blocking)
 
-    def __exit__(self, *exc_info):
+    def release(self):
         self.lock.release()
 
 

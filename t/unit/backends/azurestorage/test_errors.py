@@ -388,3 +388,28 @@ class test_hide:
     @pytest.mark.parametrize('value', [None, 1, b'sig=x', ('sig=x',)])
     def test_what_is_no_text_stays(self, value):
         assert mask_signatures(value) is value
+
+
+class test_a_task_that_failed_by_itself:
+    """Celery stores a failure while it handles the task's exception, which is then the context of all others."""
+
+    def outage_while(self, handled):
+        try:
+            raise handled
+        except type(handled):
+            try:
+                raise core.ServiceRequestError('no connection')
+            except core.ServiceRequestError as exc:
+                return exc
+
+    def test_because_of_a_certificate_has_its_result_stored_later(self):
+        assert is_temporary(self.outage_while(ssl.SSLCertVerificationError('CERTIFICATE_VERIFY_FAILED')))
+
+    def test_because_of_a_certificate_is_not_told_of_another(self):
+        outage = self.outage_while(ssl.SSLCertVerificationError('CERTIFICATE_VERIFY_FAILED'))
+        assert 'certificate' not in str(explain(outage, MANAGED, PLACE))
+
+    def test_keeps_its_own_words(self):
+        handled = ValueError('sig=42 is the answer')
+        hide(self.outage_while(handled), handled)
+        assert handled.args == ('sig=42 is the answer',)

@@ -67,7 +67,7 @@ SHOWN = [
     (f'azureblockblob://BlobEndpoint={HOST};SharedAccessSignature=?{SAS}',
      f'azureblockblob://BlobEndpoint={HOST};SharedAccessSignature=**'),
     (f'azureblockblob://BlobEndpoint={HOST}/?{SAS};QueueEndpoint=https://q/',
-     f'azureblockblob://BlobEndpoint={HOST}/?**;QueueEndpoint=https://q/'),
+     f'azureblockblob://BlobEndpoint={HOST}/?{SAS.partition("sig=")[0]}sig=**;QueueEndpoint=https://q/'),
     ('azureblockblob://UseDevelopmentStorage=true', 'azureblockblob://UseDevelopmentStorage=true'),
     (f'https://myaccount:{KEY}@myaccount.blob.core.windows.net',
      'https://myaccount:**@myaccount.blob.core.windows.net'),
