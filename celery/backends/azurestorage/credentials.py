@@ -345,8 +345,9 @@ class SharedCredential:
             self._tokens[key] = _keep(self._ask(scopes, options))
             return self._tokens[key].token
         failures, kept = self._failures, self._tokens.get(key)
-        valid = kept is not None and kept.token.expires_on > time.time()
-        if not self._lock.acquire(blocking=not valid):
+        if not kept or kept.token.expires_on <= time.time():
+            self._lock.acquire()
+        elif not self._lock.acquire(blocking=False):
             return kept.token  # another thread renews it
         try:
             kept = self._tokens.get(key)

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from celery import Celery
-from celery.exceptions import ImproperlyConfigured
+from celery.exceptions import ImproperlyConfigured, SoftTimeLimitExceeded
 
 pytest.importorskip('azure.storage.blob')
 pytest.importorskip('azure.identity')
@@ -599,6 +599,28 @@ class test_SharedCredential:
         assert [(type(answer), str(answer), answer.__cause__) for answer in answers] == [
             (TokenError, str(error), error)] * THREADS
         assert slow.asked == 1
+
+    def test_nobody_waits_for_the_renewal_of_a_token_that_is_still_valid(self, clock):
+        slow = SlowCredential(make_token('new', 9000))
+        shared = SharedCredential(Credential(make_token('old', 2000)))
+        shared.get_token_info(SCOPE)
+        shared.credential, clock.now = slow, 1900
+        renewer = threading.Thread(target=shared.get_token_info, args=(SCOPE,))
+        renewer.start()
+        wait_until(lambda: slow.asked)
+        assert shared.get_token_info(SCOPE).token == 'old'
+        slow.go_on.set()
+        renewer.join(PATIENCE)
+        assert shared.get_token_info(SCOPE).token == 'new'
+
+    def test_a_token_that_lives_shortly_is_not_renewed_for_each_request(self, clock):
+        credential = Credential(make_token('brief', 1100), make_token('next', 1100))
+        shared = SharedCredential(credential)
+        assert {shared.get_token_info(SCOPE).token for _ in range(3)} == {'brief'}
+
+    def test_a_time_limit_of_the_task_is_not_the_credentials_failure(self):
+        with pytest.raises(SoftTimeLimitExceeded):
+            SharedCredential(Credential(SoftTimeLimitExceeded())).get_token_info(SCOPE)
 
     def test_whoever_comes_after_a_failure_asks_again(self):
         credential = Credential(ValueError('no'), make_token('token'))
