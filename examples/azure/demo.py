@@ -60,7 +60,11 @@ def demonstrate(folder: Path) -> None:
         for name in ('CELERY_BROKER_URL', 'CELERY_RESULT_BACKEND'):  # the user's own, which would win over these
             os.environ.pop(name, None)
         os.environ.update(azurite.environ | identity.environ)
-        os.environ.update(AZURE_RESULT_BACKEND=url, BROKER_FOLDER=str(folder / 'broker'))
+        os.environ.update(
+            AZURE_RESULT_BACKEND=url,
+            BROKER_FOLDER=str(folder / 'broker'),
+            BROKER_TRANSPORT='t.services.broker:Transport',  # kombu's own may read a message that is half written
+            PYTHONPATH=str(HERE.parents[1]))
         with running('a worker with two processes', worker):
             print(f'\nresult_backend = {url}')
             run_tasks()

@@ -18,6 +18,7 @@ if app.conf.broker_url == 'filesystem://':
     messages, control = folder / 'messages', folder / 'control'
     messages.mkdir(parents=True, exist_ok=True)
     control.mkdir(exist_ok=True)
+    app.conf.broker_transport = os.environ.get('BROKER_TRANSPORT')
     app.conf.broker_transport_options = {
         'data_folder_in': str(messages),
         'data_folder_out': str(messages),
