@@ -274,7 +274,8 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
 
         The body travels in every message of the header. Its ``chord_size`` tells the workers that run the parts to
         count them in the chord's log, whatever they are configured to do; None means that the log says it later.
-        Without it, the header is polled.
+        Without it, the header is polled. Its ``chord_id`` names the log: the last step of a chain may come with
+        another group's id.
 
         Arguments:
             header_result_args: The header's id and the results of its tasks.
@@ -284,7 +285,7 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         group_id, results = header_result_args
         size = None if isinstance(results, _regen) else chords.count_parts(results)
         if self._counts_parts(size):
-            body['chord_size'] = size
+            body.update(chord_id=group_id, chord_size=size)
             self._chords.start(group_id, results, size)
         else:
             body.pop('chord_size', None)
@@ -316,11 +317,11 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         task = get_current_task()
         if task and not chords.is_counted(task.request):
             super().add_to_chord(chord_id, result)
-        self._chords.grow(chord_id, result.id)
+        self._chords.grow(task.request.chord.get('chord_id', chord_id) if task else chord_id, result.id)
 
-    def chord_log(self, group_id):
+    def chord_log(self, chord_id):
         """Return the log of a chord."""
-        return chordlog.ChordLog(self.container, self._blob_name(self.get_key_for_chord(group_id)))
+        return chordlog.ChordLog(self.container, self._blob_name(self.get_key_for_chord(chord_id)))
 
 
 class _BackendClass:

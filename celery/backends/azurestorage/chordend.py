@@ -16,7 +16,7 @@ from celery.exceptions import ChordError
 from celery.utils.functional import maybe_list
 from celery.utils.log import get_logger
 
-from .chordheader import Header, Part, ends_of, is_counted, request_of
+from .chordheader import Header, Part, chord_id_of, ends_of, is_counted, request_of
 from .chordlog import Changed, ChordLog, Claim, Gone, Leased, LeaseLost, patiently, pauses
 
 __all__ = ('ChordEnd',)
@@ -43,6 +43,7 @@ class ChordEnd:
                  find_size: Callable[[], int | None], report: Callable[[Any, str, Any], None]) -> None:
         self._backend = backend
         self._request = request
+        self._id = chord_id_of(request)
         self._log = log
         self._count = count
         self._find_size = find_size
@@ -62,7 +63,7 @@ class ChordEnd:
                 thread.join()
             except Exception as exc:
                 logger.warning('Task %s is past its time, but finishes chord %s first: %r',
-                               self._request.id, self._request.group, exc)
+                               self._request.id, self._id, exc)
 
     def _start_at_last(self) -> None:
         """Start the body, whatever goes wrong for `PATIENCE` seconds."""
@@ -73,10 +74,10 @@ class ChordEnd:
             except Gone:
                 return None
             except Exception:
-                logger.exception('Chord %s could not be finished.', self._request.group)
+                logger.exception('Chord %s could not be finished.', self._id)
             pause = next(waits, None)
             if pause is None:
-                logger.critical('Chord %s was given up: its body is not started.', self._request.group)
+                logger.critical('Chord %s was given up: its body is not started.', self._id)
                 return None
             time.sleep(pause)
 
@@ -108,7 +109,7 @@ class ChordEnd:
         """Start the body, or fail it, and delete the log. Return False if the claim was lost before that."""
         with claim.held():
             outcome = self._join(header) if complete else ChordError(
-                f'The header of chord {self._request.group} has more parts than its log can hold: '
+                f'The header of chord {self._id} has more parts than its log can hold: '
                 f'give it as a list, so that it can be polled')
             try:
                 claim.renew()
@@ -149,7 +150,7 @@ class ChordEnd:
         return result
 
     def _body(self) -> Any:
-        body = {key: value for key, value in self._request.chord.items() if key != 'chord_size'}
+        body = {key: value for key, value in self._request.chord.items() if key not in ('chord_id', 'chord_size')}
         return maybe_signature(body, app=self._backend.app)
 
     def _publish(self, results: list[Any]) -> None:
@@ -160,7 +161,7 @@ class ChordEnd:
             else:
                 body.delay(results)
         except Exception as exc:
-            logger.exception('The body of chord %s could not be published.', self._request.group)
+            logger.exception('The body of chord %s could not be published.', self._id)
             self._fail(_chord_error(f'Callback error: {exc!r}', exc))
 
     def _fail(self, error: ChordError) -> None:
@@ -168,7 +169,7 @@ class ChordEnd:
 
         Celery calls the errbacks first: they must not be called again, whatever goes wrong then.
         """
-        logger.error('Chord %s failed: %s', self._request.group, error)
+        logger.error('Chord %s failed: %s', self._id, error)
         body = self._body()
         try:
             parts = [end for end in ends_of(body) if is_counted(request_of(end))]
@@ -177,7 +178,7 @@ class ChordEnd:
             for part in parts:
                 self._report(request_of(part), states.FAILURE, error)
         except Exception:
-            logger.critical('The failure of chord %s could not be stored.', self._request.group, exc_info=True)
+            logger.critical('The failure of chord %s could not be stored.', self._id, exc_info=True)
 
     def _fail_body(self, body: Any, error: ChordError) -> None:
         backend = self._backend
@@ -187,7 +188,7 @@ class ChordEnd:
             try:
                 backend.chord_error_from_stack(body, error)
             except Exception as exc:
-                logger.warning('The failure of chord %s is stored again: %r', self._request.group, exc)
+                logger.warning('The failure of chord %s is stored again: %r', self._id, exc)
                 result = backend.encode_result(error, states.FAILURE)
                 patiently(lambda: backend._store_result(body.id, result, states.FAILURE))
 

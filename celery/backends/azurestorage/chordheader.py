@@ -10,7 +10,8 @@ from celery.result import GroupResult
 
 from .chordlog import GROWTH, PART, TREE, ChordLog
 
-__all__ = ('Header', 'Part', 'count_parts', 'ends_of', 'is_counted', 'parts_of', 'request_of', 'tree_of')
+__all__ = (
+    'Header', 'Part', 'chord_id_of', 'count_parts', 'ends_of', 'is_counted', 'parts_of', 'request_of', 'tree_of')
 
 
 class Part(NamedTuple):
@@ -90,6 +91,11 @@ def tree_of(results: Iterable[Any]) -> list[Any]:
 def is_counted(request: Any) -> bool:
     """Tell whether a task is a part of a chord that is counted by its log."""
     return bool(request.id and request.group and 'chord_size' in (request.chord or ()))
+
+
+def chord_id_of(request: Any) -> str:
+    """Return the id of the chord that a task is a part of. The last step of a chain may have another group's id."""
+    return request.chord.get('chord_id') or request.group
 
 
 def ends_of(signature: Any) -> list[Any]:

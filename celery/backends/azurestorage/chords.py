@@ -15,7 +15,7 @@ from celery.signals import worker_shutdown
 from celery.utils.log import get_logger
 
 from .chordend import ChordEnd
-from .chordheader import count_parts, is_counted, parts_of, tree_of
+from .chordheader import chord_id_of, count_parts, is_counted, parts_of, tree_of
 from .chordlog import GROWTH, PART, TREE, ChordLog, Full, Gone, Leased, Record, patiently
 
 __all__ = ('MAX_PARTS', 'ChordRunner', 'count_parts', 'is_counted')
@@ -52,20 +52,20 @@ class ChordRunner:
         self._reporters: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
-    def start(self, group_id: str, results: Sequence[Any], size: int | None) -> None:
+    def start(self, chord_id: str, results: Sequence[Any], size: int | None) -> None:
         """Create the log of a chord, before any part of it can finish.
 
         Arguments:
-            group_id: Id of the header.
+            chord_id: Id of the chord, which is that of its header.
             results: Results of the header's tasks; of no meaning if their number is not known.
             size: Number of parts, or None for a header that is a generator.
         """
         tree = None
         if size is None:
-            self._awaiting_size.add(group_id)
+            self._awaiting_size.add(chord_id)
         elif any(isinstance(result, GroupResult) for result in results):
             tree = Record(TREE, tree_of(results))
-        self._backend.chord_log(group_id).create(tree)
+        self._backend.chord_log(chord_id).create(tree)
 
     def set_size(self, group_id: str, size: int) -> None:
         """Write the size of a chord whose header is a generator, before Celery publishes the last part.
@@ -80,18 +80,18 @@ class ChordRunner:
         except (Gone, Leased) as exc:  # a step that came twice: the chord is done or complete
             logger.warning('The size of the chord %s was not written: %r', group_id, exc)
 
-    def grow(self, group_id: str, task_id: str) -> None:
+    def grow(self, chord_id: str, task_id: str) -> None:
         """Make a chord wait for one more part, which is the task `task_id`.
 
         Raises:
             Full: if the chord has too many parts.
         """
-        log = self._backend.chord_log(group_id)
+        log = self._backend.chord_log(chord_id)
         block = Record(GROWTH, [task_id]).to_bytes()
         try:
             patiently(lambda: log.append(block))
         except (Gone, Leased):  # of all running parts, only one that came twice can find its chord so
-            logger.warning('Chord %s is over, or has expired, and does not wait for %s.', group_id, task_id)
+            logger.warning('Chord %s is over, or has expired, and does not wait for %s.', chord_id, task_id)
 
     def report(self, request: Any, state: str, result: Any) -> None:
         """Log a finished part, and start the body if it was the last.
@@ -129,8 +129,8 @@ class ChordRunner:
         try:
             self._report(request, state, result)
         except Exception:
-            logger.critical('Task %s could not be reported: chord %s will not end.', request.id, request.group,
-                            exc_info=True)
+            logger.critical('Task %s could not be reported: chord %s will not end.', request.id,
+                            chord_id_of(request), exc_info=True)
 
     def _report(self, request: Any, state: str, result: Any) -> None:
         """Log a part, and start the body if it was the last. Return when that is done.
@@ -138,15 +138,15 @@ class ChordRunner:
         Whatever interrupts this, Celery reports the part again, as failed. Its first record counts, so that this
         does no harm; and the second report finishes what the first has not.
         """
-        log = self._backend.chord_log(request.group)
+        chord_id = chord_id_of(request)
+        log = self._backend.chord_log(chord_id)
         size = self._known_size(request)
         block = patiently(lambda: self._encode(log, request, state, result, size))
         count = None
         try:
             count = patiently(lambda: log.append(block))
         except Gone:
-            logger.warning('Chord %s is over, or has expired: task %s came too late for it.',
-                           request.group, request.id)
+            logger.warning('Chord %s is over, or has expired: task %s came too late for it.', chord_id, request.id)
             return
         except (Full, Leased):
             pass
@@ -155,7 +155,7 @@ class ChordRunner:
 
     def _known_size(self, request: Any) -> int | None:
         size = request.chord['chord_size']
-        return self._sizes.get(request.group) if size is None else size
+        return self._sizes.get(chord_id_of(request)) if size is None else size
 
     def _find_size(self, request: Any, log: ChordLog) -> int | None:
         """Return a chord's size: from a part's message, or from the log. Of the latter, only a number is remembered.
@@ -169,7 +169,7 @@ class ChordRunner:
             if size is not None:
                 if len(self._sizes) >= SIZES_KEPT:
                     self._sizes.clear()
-                self._sizes[request.group] = size
+                self._sizes[chord_id_of(request)] = size
         return size
 
     def _encode(self, log: ChordLog, request: Any, state: str, result: Any, size: int | None) -> bytes:

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 from celery import shared_task
-from celery.exceptions import SoftTimeLimitExceeded
 
 
 @shared_task
@@ -19,6 +18,12 @@ def echo(value):
 @shared_task(ignore_result=True)
 def echo_quietly(value):
     return value
+
+
+@shared_task(ignore_result=True)
+def write_process_id(file):
+    Path(file).write_text(str(os.getpid()))
+    return 'written'
 
 
 @shared_task
@@ -68,12 +73,3 @@ def outlast_its_time():
     """Run until a time limit ends it."""
     while True:
         time.sleep(0.05)
-
-
-@shared_task
-def end_in_time():
-    """Run until the soft time limit, and make do with that."""
-    try:
-        outlast_its_time()
-    except SoftTimeLimitExceeded:
-        return 'in time'

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip('azure.storage.blob')
 
+from azure.core.credentials import AccessToken
+from azure.core.exceptions import ClientAuthenticationError
 from billiard.exceptions import SoftTimeLimitExceeded
 
 from celery import chain, group, states
@@ -21,8 +23,9 @@ from celery.exceptions import TaskRevokedError
 from celery.worker.state import revoked
 
 from .chordworker import ChordWorker, Killed, chord_app, killed, lapse, logs
+from .conftest import ACCOUNT_URL
 from .fakehttp import cut_connection
-from .test_interleavings import Schedule, following
+from .schedules import Schedule, following
 
 #: How long a test waits for a thread, in seconds.
 DEADLINE = 30
@@ -54,6 +57,24 @@ CRASHES = [
     for operation, action in [('Append Block', ''), ('Get Blob', ''), ('Lease Blob', 'acquire'),
                               ('Lease Blob', 'renew'), ('Delete Blob', '')]
     for answered in (False, True)]
+
+
+class FailingCredential:
+    """Gives tokens that no request can share with another, but for some, that it fails to give."""
+
+    def __init__(self):
+        self.failures = 0
+        self._coming = iter(())
+
+    def fail(self, skip, times):
+        """Give so many tokens more, and then fail so often."""
+        self._coming = iter([False] * skip + [True] * times)
+
+    def get_token(self, *scopes, **kwargs):
+        if next(self._coming, False):
+            self.failures += 1
+            raise ClientAuthenticationError('no identity')
+        return AccessToken('token', 0)
 
 
 class test_a_worker_that_is_killed:
@@ -267,12 +288,17 @@ class test_lost_and_late_requests:
         assert worker.calls == [[0, 1]]
         assert logs(fake_service) == []
 
-    @pytest.mark.parametrize('operation', ['Append Block', 'Get Blob', 'Lease Blob'])
-    def test_no_token_is_to_be_had_for_some_time(self, worker, fake_service, operation):
+    @pytest.mark.parametrize('token', [1, 2, 3, 4], ids=['append', 'read', 'claim', 'renewal'])
+    def test_no_token_is_to_be_had_for_some_time(self, make_worker, fake_service, token):
+        credential = FailingCredential()
+        worker = make_worker(result_backend=f'azureblockblob://{ACCOUNT_URL}', azureblockblob_credential=credential)
         _, [message] = worker.start(worker.echoes(1))
-        fake_service.on(operation, blob='celery-chord-', answer=(401, 'InvalidAuthenticationInfo'), times=8)
+        credential.fail(skip=token, times=5)
+        fake_service.on('Lease Blob', times=2)
+        fake_service.on('Lease Blob', before=lambda: lapse(fake_service))  # of a claim that could not be released
         worker.execute(message)
         worker.run()
+        assert credential.failures == 5
         assert worker.calls == [[0]]
 
     def test_a_part_that_cannot_be_logged_fails_aloud(self, worker, fake_service, caplog):
@@ -481,7 +507,7 @@ class test_every_order_of_requests:
         monkeypatch.setattr(chordlog, 'RENEW_INTERVAL', DEADLINE)
 
         published = []
-        body = {**worker.tasks.collect.s(), 'chord_size': None}
+        body = worker.tasks.collect.s()
         monkeypatch.setattr(
             worker.tasks.collect, 'apply_async', lambda args, kwargs, **options: published.append(args[0]))
 
@@ -491,7 +517,8 @@ class test_every_order_of_requests:
             backend._chords.start(group_id, [SimpleNamespace(id=str(part)) for part in range(size)], size)
 
             def report(part):
-                request = Context(id=str(part), group=group_id, group_index=part, chord={**body, 'chord_size': size})
+                chord = {**body, 'chord_id': group_id, 'chord_size': size}
+                request = Context(id=str(part), group=group_id, group_index=part, chord=chord)
                 backend.on_chord_part_return(request, states.SUCCESS, part)
 
             schedule = ChordSchedule(

@@ -62,6 +62,9 @@ SHAPES = {
     'a chord in a chord': (
         lambda t: [chord([chord([t.echo.s(1)], t.echo.s()), t.echo.s(2)], t.echo.s()), t.echo.s(3)],
         [[[1], 2], 3], 2),
+    'a chain that ends with a group with a chord': (
+        lambda t: [t.echo.s(0), chain(t.echo.s(1), group(t.echo.s(), chord([t.echo.s(), t.echo.s()], t.echo.s())))],
+        [0, [1, [1, 1]]], 3),
     'an empty group beside others': (lambda t: [t.echo.s(0), group(), t.echo.s(1)], [0, 1], 2),
     'a task replaced by a task': (lambda t: [t.replace.s(t.add.s(1, 2)), t.echo.s(0)], [3, 0], 2),
     'a task replaced by a chain': (lambda t: [t.replace.s(chain(t.echo.s(1), t.add.s(2))), t.echo.s(0)], [3, 0], 2),
