@@ -138,7 +138,7 @@ def _services(name: str, folder: Path) -> Iterator[Mapping[str, str]]:
         if name == 'redis':
             yield environ
             return
-        with Azurite(folder, tls=False) as azurite:
+        with Azurite(folder, tls=False, in_memory=True) as azurite:
             url = f'azureblockblob://{azurite.connection_string}'
             yield environ | azurite.environ | {'TEST_BACKEND': url, 'AZUREBLOCKBLOB_URL': url}
 

@@ -89,7 +89,7 @@ def contenders(directory: Path) -> Iterator[list[Contender]]:
     """Start what is compared."""
     with ExitStack() as stack:
         redis = stack.enter_context(Redis(directory))
-        azurite = stack.enter_context(Azurite(directory, tls=False))
+        azurite = stack.enter_context(Azurite(directory, tls=False, in_memory=True))
         storage = f'azureblockblob://{azurite.connection_string}'
         started = []
         for number, name in enumerate(CONTENDERS):

@@ -28,17 +28,20 @@ class Azurite(Process):
         directory: Where it keeps its data, its log and its certificates; must exist.
         certificates: Those that other services have, so that one bundle is enough; made here by default.
         tls: False for plain HTTP, where Azurite takes no tokens.
+        in_memory: Keep the data in memory, which is faster, and forget them when it is stopped.
     """
 
     #: The account that Azurite has by itself, and its key, which is published and no secret.
     account_name = 'devstoreaccount1'
     account_key = 'Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=='
 
-    def __init__(self, directory: Path, certificates: Certificates | None = None, *, tls: bool = True):
+    def __init__(self, directory: Path, certificates: Certificates | None = None, *, tls: bool = True,
+                 in_memory: bool = False):
         super().__init__(directory / 'azurite.log')
         self.directory = directory
         self.certificates = (certificates or make_certificates(directory)) if tls else None
         self.port = 0
+        self._place = ['--inMemoryPersistence'] if in_memory else ['--location', str(directory)]
 
     @property
     def account_url(self) -> str:
@@ -68,7 +71,7 @@ class Azurite(Process):
             ServiceUnavailable: if Node.js or Azurite is missing, or Node.js too old.
         """
         command = [
-            find_azurite(), '--blobHost', HOST, '--blobPort', str(self.port), '--location', str(self.directory),
+            find_azurite(), '--blobHost', HOST, '--blobPort', str(self.port), *self._place,
             '--skipApiVersionCheck', '--disableTelemetry', '--silent']
         if self.certificates:
             command += ['--oauth', 'basic',
