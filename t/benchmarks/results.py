@@ -233,7 +233,8 @@ def measure_expiry_and_growth(rounds: int, sizes: list[int]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for title in ('cleanup', 'growth'):
         print(title, flush=True)
-        with tempfile.TemporaryDirectory() as directory, Azurite(Path(directory), tls=False, in_memory=True) as azurite:
+        with (tempfile.TemporaryDirectory() as directory,
+              Azurite(Path(directory), tls=False, in_memory=True) as azurite):
             place = Place(azurite.connection_string)
             if title == 'cleanup':
                 results[title] = {name: {'wall': series.wall, 'cpu': series.cpu}
