@@ -317,7 +317,7 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         task = get_current_task()
         if task and not chords.is_counted(task.request):
             super().add_to_chord(chord_id, result)
-        self._chords.grow(task.request.chord.get('chord_id', chord_id) if task else chord_id, result.id)
+        self._chords.grow(chords.chord_id_of(task.request) if task else chord_id, result.id)
 
     def chord_log(self, chord_id):
         """Return the log of a chord."""

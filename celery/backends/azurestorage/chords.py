@@ -18,7 +18,7 @@ from .chordend import ChordEnd
 from .chordheader import chord_id_of, count_parts, is_counted, parts_of, tree_of
 from .chordlog import GROWTH, PART, TREE, ChordLog, Full, Gone, Leased, Record, patiently
 
-__all__ = ('MAX_PARTS', 'ChordRunner', 'count_parts', 'is_counted')
+__all__ = ('MAX_PARTS', 'ChordRunner', 'chord_id_of', 'count_parts', 'is_counted')
 
 #: The longest header that is counted by its log. A log takes 50,000 blocks; the rest is for parts that come twice.
 MAX_PARTS = 40_000

@@ -67,3 +67,25 @@ def azure_app(make_app):
 def make_backend(make_app):
     """Return a function that makes the backend of a new app, by default on a container that is not there yet."""
     return lambda **settings: make_app(**settings).backend
+
+
+@pytest.fixture
+def no_chord_pauses(monkeypatch):
+    """Repeat what fails at a chord ten times, without pauses."""
+    from celery.backends.azurestorage import chordend, chordlog
+    for module in (chordlog, chordend):
+        monkeypatch.setattr(module, 'pauses', lambda: iter([0] * 10))
+    monkeypatch.setattr(chordend, 'CLAIM_INTERVAL', 0)
+
+
+@pytest.fixture
+def make_worker(make_app):
+    """Return a function that makes a worker which counts chords by their log."""
+    from .chordworker import ChordWorker, chord_app
+    return lambda **settings: ChordWorker(chord_app(make_app, **settings))
+
+
+@pytest.fixture
+def worker(make_worker):
+    """A worker that counts chords by their log."""
+    return make_worker()

@@ -22,7 +22,7 @@ from celery.backends.azurestorage.client import close_clients
 from celery.exceptions import TaskRevokedError
 from celery.worker.state import revoked
 
-from .chordworker import ChordWorker, Killed, chord_app, killed, lapse, logs
+from .chordworker import Killed, killed, lapse, logs
 from .conftest import ACCOUNT_URL
 from .fakehttp import cut_connection
 from .schedules import Schedule, following
@@ -31,25 +31,7 @@ from .schedules import Schedule, following
 DEADLINE = 30
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    """Repeat what fails ten times, without pauses."""
-    for module in (chordlog, chordend):
-        monkeypatch.setattr(module, 'pauses', lambda: iter([0] * 10))
-    monkeypatch.setattr(chordend, 'CLAIM_INTERVAL', 0)
-
-
-@pytest.fixture
-def make_worker(make_app):
-    """Return a function that makes a worker which counts chords by their log."""
-    return lambda **settings: ChordWorker(chord_app(make_app, **settings))
-
-
-@pytest.fixture
-def worker(make_worker):
-    """A worker that counts chords by their log."""
-    return make_worker()
-
+pytestmark = pytest.mark.usefixtures('no_chord_pauses')
 
 #: Where the worker that starts a body may be killed: at a request, before the service sees it or after.
 CRASHES = [

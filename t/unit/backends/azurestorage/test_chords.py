@@ -13,31 +13,12 @@ from kombu.exceptions import OperationalError
 
 from celery import chain, chord, group, states, version_info
 from celery.app.task import Context
-from celery.backends.azurestorage import chordend, chordlog, chords
+from celery.backends.azurestorage import chordlog, chords
 
-from .chordworker import ChordWorker, chord_app, killed, lapse, logs
+from .chordworker import killed, lapse, logs
 from .fakehttp import cut_connection, refuse_connection
 
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    """Repeat what fails ten times, without pauses."""
-    for module in (chordlog, chordend):
-        monkeypatch.setattr(module, 'pauses', lambda: iter([0] * 10))
-    monkeypatch.setattr(chordend, 'CLAIM_INTERVAL', 0)
-
-
-@pytest.fixture
-def make_worker(make_app):
-    """Return a function that makes a worker which counts chords by their log."""
-    return lambda **settings: ChordWorker(chord_app(make_app, **settings))
-
-
-@pytest.fixture
-def worker(make_worker):
-    """A worker that counts chords by their log."""
-    return make_worker()
-
+pytestmark = pytest.mark.usefixtures('no_chord_pauses')
 
 #: Headers by name, what their body is called with, and the number of their parts; None where that is not known.
 SHAPES = {
