@@ -268,7 +268,6 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
             if not waiting:
                 return
 
-
     def apply_chord(self, header_result_args, body, **kwargs):
         """Prepare a chord whose header is about to be published.
 

@@ -48,13 +48,13 @@ class Project:
 
 @pytest.fixture
 def make_project(tmp_path, url_for, identity):
-    """Return a function that makes the test's project, with a managed identity and settings of Celery."""
+    """Return a function that makes the project of the test, with a managed identity and settings of Celery."""
     projects = []
 
-    def make_project(**settings):
+    def make_project(make=Project, **settings):
         directory = tmp_path / 'project'
         directory.mkdir()
-        projects.append(Project(directory, result_backend=url_for('ManagedIdentityCredential'), **settings))
+        projects.append(make(directory, **{'result_backend': url_for('ManagedIdentityCredential'), **settings}))
         return projects[-1]
 
     yield make_project

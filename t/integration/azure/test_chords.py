@@ -6,12 +6,15 @@ import os
 import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 
 from celery import chain, chord, group, states
+from celery.backends.azurestorage.chordlog import PART, Record
 from celery.exceptions import ChordError
 from t.services.azurite import ROOT
 from t.services.faults import FaultProxy, Hold, answer, lose
@@ -114,20 +117,10 @@ def proxy(azurite):
 
 
 @pytest.fixture
-def make_chord_project(tmp_path, url_for, identity, azurite, proxy):
-    """Return a function that makes a project with settings of Celery."""
-    projects = []
-
-    def make_chord_project(**settings):
-        directory = tmp_path / 'project'
-        directory.mkdir()
-        url = url_for('ManagedIdentityCredential').replace(azurite.account_url, proxy.account_url)
-        projects.append(ChordProject(directory, proxy, result_backend=url, **settings))
-        return projects[-1]
-
-    yield make_chord_project
-    for project in projects:
-        project.app.close()
+def make_chord_project(make_project, url_for, azurite, proxy):
+    """Return a function that makes the test's project with settings of Celery."""
+    url = url_for('ManagedIdentityCredential').replace(azurite.account_url, proxy.account_url)
+    return partial(make_project, partial(ChordProject, proxy=proxy), result_backend=url)
 
 
 @pytest.fixture
@@ -204,6 +197,30 @@ class test_chords:
             wait_until(lambda: worker.log.count('echo[') >= 20, 'the end of all parts', TIMEOUT)
         assert project.bodies == [[0, 1, 2, 3, 4]]
         assert logs(container) == []
+
+
+class test_what_a_chord_costs:
+
+    @pytest.mark.parametrize('number', [1, 10, 200])
+    def test_besides_the_results_a_request_for_each_part_and_eight_more(self, project, container, number):
+        with project.worker(concurrency=4):
+            project.start(project.echoes(number))
+            wait_until(lambda: project.bodies, 'the body', TIMEOUT)
+            wait_until(lambda: logs(container) == [], 'the end of the log', TIMEOUT)
+        assert project.bodies == [list(range(number))]
+        assert appends(project.proxy) == number
+        others = [request for request in project.proxy.requests if 'celery-task-meta-' not in request.path]
+        assert len(others) <= number + 8
+
+    def test_one_request_counts_a_block_that_is_appended_with_others_at_the_same_time(self, project):
+        log = project.app.backend.chord_log('chord')
+        log.create()
+        with ThreadPoolExecutor(20) as threads:
+            counts = list(threads.map(log.append, [
+                Record(PART, ['part', number, states.SUCCESS, None], b'x' * (number % 5 * 1000)).to_bytes()
+                for number in range(400)]))
+        assert sorted(counts) == list(range(1, 401))
+        assert appends(project.proxy) == 400
 
 
 @pytest.mark.parametrize('pool', ['threads', 'solo', 'gevent'])

@@ -167,22 +167,23 @@ class test_append:
         with pytest.raises(Full):
             created.append(BLOCK)
 
-    def test_azurite_is_asked_for_the_number_since_it_tells_one_that_is_out_of_date(
-            self, created, fake_service, monkeypatch):
-        tell_the_truth = fake_service._append_block
+    @pytest.mark.parametrize('sizes', [[1, 1, 1], [1, 300, 70_000]], ids=['equal', 'different'])
+    def test_the_answer_is_right_though_the_service_counts_before_it_appends(
+            self, created, fake_service, monkeypatch, sizes):
+        append = fake_service._append_block
 
-        def count_too_early(request):
-            answer = tell_the_truth(request)
-            return answer._replace(headers={
-                **answer.headers, 'Server': 'Azurite-Blob/3.35.0', 'x-ms-blob-committed-block-count': '1'})
+        def append_after_counting(request):  # as Azurite does: all are counted before the first is there
+            answer = append(request)
+            return answer._replace(headers={**answer.headers, 'x-ms-blob-committed-block-count': '1'})
 
-        monkeypatch.setattr(fake_service, '_append_block', count_too_early)
-        assert [created.append(BLOCK) for _ in range(2)] == [1, 2]
+        monkeypatch.setattr(fake_service, '_append_block', append_after_counting)
+        blocks = [Record(PART, ['id', 0, 'SUCCESS', None], b'x' * size).to_bytes() for size in sizes]
+        assert [created.append(block) for block in blocks] == [1, 2, 3]
 
-    def test_on_azurite_a_log_that_is_gone_by_then_is_no_error(self, created, fake_service):
-        fake_service.on('Append Block', after=cut_connection)  # such an answer does not tell its server
-        fake_service.on('Get Blob Properties', answer=(404, 'BlobNotFound'))
-        assert created.append(BLOCK) == 2
+    def test_the_answer_counts_as_many_blocks_as_a_log_takes(self, created, fake_service):
+        blob = blob_of(fake_service, created)
+        blob.blocks, blob.data = 49_999, bytearray(49_999 * len(BLOCK))
+        assert created.append(BLOCK) == 50_000
 
 
 class test_read:
