@@ -19,9 +19,9 @@ from .azurestorage.url import SCHEME, parse_url, redact
 from .base import KeyValueStoreBackend, unpickle_backend
 
 try:
-    from .azurestorage import chordlog, chords, client, errors, expiry
+    from .azurestorage import chordheader, chordlog, chords, client, errors, expiry
 except ImportError:  # __init__ tells the user what to install
-    chordlog = chords = client = errors = expiry = None  # type: ignore[assignment]
+    chordheader = chordlog = chords = client = errors = expiry = None  # type: ignore[assignment]
 
 __all__ = ('AzureBlockBlobBackend',)
 
@@ -282,7 +282,7 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
             kwargs: Options for polling.
         """
         group_id, results = header_result_args
-        size = None if isinstance(results, _regen) else chords.count_parts(results)
+        size = None if isinstance(results, _regen) else sum(1 for _ in chordheader.ids_of(results))
         if self._counts_parts(size):
             body.update(chord_id=group_id, chord_size=size)
             self._chords.start(group_id, results, size)
@@ -304,8 +304,14 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
 
     def on_chord_part_return(self, request, state, result, **kwargs):
         """Report a finished part of a chord, and start the body if it was the last. Polled chords need no report."""
-        if chords.is_counted(request):
+        if chordheader.is_counted(request):
             self._chords.report(request, state, result)
+
+    def _get_task_meta_for(self, task_id):
+        meta = super()._get_task_meta_for(task_id)
+        if meta['status'] == states.SUCCESS:
+            self._chords.report_lost(task_id, meta['result'])
+        return meta
 
     def add_to_chord(self, chord_id, result):
         """Make a chord wait for the task of `result` too.
@@ -314,9 +320,9 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
             NotImplementedError: if the current task's chord is polled: its size is fixed.
         """
         task = get_current_task()
-        if task and not chords.is_counted(task.request):
+        if task and not chordheader.is_counted(task.request):
             super().add_to_chord(chord_id, result)
-        self._chords.grow(chords.chord_id_of(task.request) if task else chord_id, result.id)
+        self._chords.grow(chordheader.chord_id_of(task.request) if task else chord_id, result.id)
 
     def chord_log(self, chord_id):
         """Return the log of a chord."""

@@ -11,7 +11,7 @@ from celery.result import GroupResult
 from .chordlog import GROWTH, PART, TREE, ChordLog
 
 __all__ = (
-    'Header', 'Part', 'chord_id_of', 'count_parts', 'ends_of', 'is_counted', 'parts_of', 'request_of', 'tree_of')
+    'Header', 'Part', 'chord_id_of', 'ends_of', 'ids_of', 'is_counted', 'parts_of', 'request_of', 'tree_of')
 
 
 class Part(NamedTuple):
@@ -78,9 +78,13 @@ class Header(NamedTuple):
         return [*fill(self.tree), *(value for rest in by_id.values() for value in rest)]
 
 
-def count_parts(results: Iterable[Any]) -> int:
-    """Return how many parts a header has that leads to `results`: those of nested groups count one by one."""
-    return sum(count_parts(result.results) if isinstance(result, GroupResult) else 1 for result in results)
+def ids_of(results: Iterable[Any]) -> Iterator[str]:
+    """Yield the task id of each part of a header that leads to `results`: those of nested groups one by one."""
+    for result in results:
+        if isinstance(result, GroupResult):
+            yield from ids_of(result.results)
+        else:
+            yield result.id
 
 
 def tree_of(results: Iterable[Any]) -> list[Any]:

@@ -137,22 +137,33 @@ class ChordLog:
         self.name = name
         self._container = container
 
-    def create(self, first: Record | None = None) -> None:
+    def create(self, first: Record | None = None) -> bool:
         """Create the log if it is not there; put `first` first. One or two requests.
 
         A log that exists is kept: the step that makes the chord was delivered again, and parts may be there.
+
+        Returns:
+            Whether there was none.
         """
+        is_new = True
         try:
             self._call(
                 lambda blob: blob.create_append_blob(match_condition=MatchConditions.IfMissing), creating=True)
         except (Changed, Leased):
-            pass
+            is_new = False
         except HttpResponseError as exc:
             if error_code(exc) != 'BlobAlreadyExists':
                 raise
+            is_new = False
         if first is not None:
             with suppress(Changed, Gone, Leased):  # another delivery of the same step has put it there
                 self._append(first.to_bytes(), appendpos_condition=0)
+        return is_new
+
+    def discard(self) -> None:
+        """Delete the log of a chord that was over before. One request."""
+        with suppress(Gone, Leased):
+            self._call(lambda blob: blob.delete_blob())
 
     def append(self, block: bytes) -> int:
         """Add a block and return the number of blocks, those included that were added at the same time. One request.

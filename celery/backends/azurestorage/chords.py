@@ -5,20 +5,22 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import WeakValueDictionary
 
 from billiard.process import current_process
 from kombu.utils.encoding import ensure_bytes
 
+from celery import states
 from celery._state import get_current_task
 from celery.result import GroupResult
-from celery.signals import worker_shutdown
+from celery.signals import task_received, worker_shutdown
 from celery.utils.log import get_logger
 
 from .chordend import ChordEnd
-from .chordheader import chord_id_of, count_parts, is_counted, parts_of, tree_of
+from .chordheader import chord_id_of, ids_of, is_counted, parts_of, tree_of
 from .chordlog import GROWTH, PART, TREE, ChordLog, Full, Gone, Leased, Record, patiently
 
-__all__ = ('MAX_PARTS', 'ChordRunner', 'chord_id_of', 'count_parts', 'is_counted')
+__all__ = ('MAX_PARTS', 'ChordRunner')
 
 #: The longest header that is counted by its log. A log takes 50,000 blocks; the rest is for parts that come twice.
 MAX_PARTS = 40_000
@@ -35,7 +37,16 @@ REPORT_THREADS = 10
 #: For how many chords whose header is a generator a process remembers the size.
 SIZES_KEPT = 1000
 
+#: In the main process of a worker: the requests of grouped tasks that it still deals with, by task id.
+_received: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
 logger = get_logger(__name__)
+
+
+@task_received.connect
+def _remember(request: Any, **kwargs: Any) -> None:
+    if request.group:
+        _received[request.id] = request
 
 
 class ChordRunner:
@@ -60,12 +71,24 @@ class ChordRunner:
             results: Results of the header's tasks; of no meaning if their number is not known.
             size: Number of parts, or None for a header that is a generator.
         """
-        tree = None
+        log = self._backend.chord_log(chord_id)
         if size is None:
             self._awaiting_size.add(chord_id)
-        elif any(isinstance(result, GroupResult) for result in results):
-            tree = Record(TREE, tree_of(results))
-        self._backend.chord_log(chord_id).create(tree)
+            log.create()
+            return
+        is_nested = any(isinstance(result, GroupResult) for result in results)
+        is_new = log.create(Record(TREE, tree_of(results)) if is_nested else None)
+        if is_new and get_current_task() and self._has_run(next(ids_of(results))):
+            logger.warning('Chord %s is over: the task that starts it has come again.', chord_id)
+            log.discard()
+
+    def _has_run(self, task_id: str) -> bool:
+        """Tell whether a part has stored a result, which it does while there is a log.
+
+        If there was none, the chord is over, and the message of the task that starts it was delivered again. To look
+        after the log was made leaves no gap: what has deleted it came after all results.
+        """
+        return self._backend.get(self._backend.get_key_for_task(task_id)) is not None
 
     def set_size(self, group_id: str, size: int) -> None:
         """Write the size of a chord whose header is a generator, before Celery publishes the last part.
@@ -103,12 +126,23 @@ class ChordRunner:
             azure.core.exceptions.AzureError: if the part cannot be logged, after many attempts or for good.
         """
         for part in parts_of(request):
-            if self._is_event_loop():
-                self._threads().submit(self._report_or_log, part, state, result)
+            if self._in_main_process():
+                self._report_in_thread(part, state, result)
             else:
                 self._report(part, state, result)
 
-    def _is_event_loop(self) -> bool:
+    def report_lost(self, task_id: str, result: Any) -> None:
+        """Report a part again of which a worker's main process learns that it has succeeded.
+
+        The main process asks for that when a process of its pool is lost (Celery 5.7 and later). If the task has
+        succeeded, Celery leaves it at that. But the process may have been lost before it had logged the part, or
+        while it was about to start the body; if not, the second report does no harm.
+        """
+        request = _received.get(task_id)
+        if request is not None and self._in_main_process() and is_counted(request._context):
+            self.report(request._context, states.SUCCESS, result)
+
+    def _in_main_process(self) -> bool:
         """Tell whether this is the main process of a worker, and not the thread of a task there.
 
         In a process of the pool a report is waited for, even where Celery makes it after the task: such a process
@@ -117,13 +151,19 @@ class ChordRunner:
         return (self._backend.app.loader.worker_initialized
                 and current_process().name == 'MainProcess' and get_current_task() is None)
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _report_in_thread(self, *report: Any) -> None:
         with self._lock:
             if self._reporters is None:
-                self._reporters = reporters = ThreadPoolExecutor(REPORT_THREADS, 'azureblockblob-report')
-                # Python waits for them too, but does not start the threads then that they need.
-                worker_shutdown.connect(lambda **kwargs: reporters.shutdown(), weak=False)
-            return self._reporters
+                self._reporters = ThreadPoolExecutor(REPORT_THREADS, 'azureblockblob-report')
+                worker_shutdown.connect(self._finish_reports, weak=False)
+            self._reporters.submit(self._report_or_log, *report)
+
+    def _finish_reports(self, **kwargs: Any) -> None:
+        """Wait for all reports. Python would wait at its end too, but does not let them start threads there."""
+        with self._lock:
+            reporters, self._reporters = self._reporters, None
+        if reporters:
+            reporters.shutdown()
 
     def _report_or_log(self, request: Any, state: str, result: Any) -> None:
         try:

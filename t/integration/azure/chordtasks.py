@@ -20,7 +20,7 @@ def echo_quietly(value):
     return value
 
 
-@shared_task(ignore_result=True)
+@shared_task
 def write_process_id(file):
     Path(file).write_text(str(os.getpid()))
     return 'written'

@@ -276,12 +276,13 @@ class test_a_worker_that_is_killed:
 class test_the_main_process:
     """It reports the parts that are not run to their end."""
 
-    def test_takes_over_from_its_child_and_goes_on_working_meanwhile(self, project, tmp_path):
-        # The part's result is ignored: of others, Celery 5.7 finds that they succeeded, and does not report them.
+    @pytest.mark.parametrize('ignore_result', [False, True])
+    def test_takes_over_from_its_child_and_goes_on_working_meanwhile(self, project, tmp_path, ignore_result):
         held = Hold(answered=True)
         project.proxy.on(held, **LEASE, skip=CLAIM, times=1)
         with project.worker():
-            result = project.start([project.sign('write_process_id', str(tmp_path / 'pid'))])
+            part = project.sign('write_process_id', str(tmp_path / 'pid')).set(ignore_result=ignore_result)
+            result = project.start([part])
             held.wait()
             os.kill(int((tmp_path / 'pid').read_text()), signal.SIGKILL)
             wait_until(lambda: appends(project.proxy, 412), 'the report of the main process', TIMEOUT)

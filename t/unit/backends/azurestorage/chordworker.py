@@ -112,6 +112,7 @@ class ChordWorker:
         with self.current():
             yield
             signals.worker_shutdown.send(sender=self)
+        self.app.loader.worker_initialized = False
 
 
 def _define_tasks(app: Celery, calls: list[Any]) -> SimpleNamespace:

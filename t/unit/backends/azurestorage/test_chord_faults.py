@@ -13,9 +13,10 @@ pytest.importorskip('azure.storage.blob')
 
 from azure.core.credentials import AccessToken
 from azure.core.exceptions import ClientAuthenticationError
-from billiard.exceptions import SoftTimeLimitExceeded
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 
-from celery import chain, group, states
+from celery import chain, group, signals, states
 from celery.app.task import Context
 from celery.backends.azurestorage import chordend, chordlog, chords
 from celery.backends.azurestorage.client import close_clients
@@ -102,6 +103,33 @@ class test_a_worker_that_is_killed:
         assert worker.calls == [[5]]
 
 
+    @pytest.mark.parametrize(('operation', 'action'), [
+        ('Append Block', ''), ('Lease Blob', 'acquire'), ('Lease Blob', 'renew')])
+    @pytest.mark.parametrize('answered', [False, True])
+    def test_is_replaced_by_the_main_process_though_its_part_has_succeeded(
+            self, worker, fake_service, operation, action, answered):
+        result, [message] = worker.start(worker.echoes(1))
+        lost = worker.request(message)
+        with worker.main_process():
+            signals.task_received.send(sender=None, request=lost)
+            with killed(fake_service, operation, action, answered):
+                worker.execute(message)
+            lapse(fake_service)
+            lost.on_failure(worker_lost())
+        worker.run()
+        assert worker.calls == [[0]]
+        assert worker.outcome(result.parent.results[0]) == (states.SUCCESS, 0)
+        assert logs(fake_service) == []
+
+
+def worker_lost():
+    """Return what a worker's main process learns of a process of its pool that has been killed."""
+    try:
+        raise WorkerLostError('killed')
+    except WorkerLostError:
+        return ExceptionInfo()
+
+
 class test_parts_that_come_twice:
 
     def test_count_once(self, worker):
@@ -141,6 +169,33 @@ class test_parts_that_come_twice:
         worker.execute(first)
         for message in [*again, second]:
             worker.execute(message)
+        worker.run()
+        assert worker.calls == [[2, 3]]
+
+
+    @pytest.mark.parametrize('header', [
+        lambda t: group(t.add.s(1), t.add.s(2)),
+        lambda t: group(chain(t.add.s(1), group(t.add.s(2), t.add.s(3))), t.add.s(4)),
+    ], ids=['flat', 'nested'])
+    def test_a_step_that_comes_again_after_the_end_does_not_start_the_body_again(self, worker, fake_service, header):
+        t = worker.tasks
+        chain(t.echo.s(1), header(t), t.collect.s()).apply_async()
+        [step] = worker.receive()
+        worker.execute(step)
+        worker.run()
+        assert len(worker.calls) == 1
+        worker.execute(step)
+        worker.run()
+        assert len(worker.calls) == 1
+        assert logs(fake_service) == []
+
+    def test_a_step_that_comes_again_finishes_what_the_first_has_begun(self, worker):
+        t = worker.tasks
+        chain(t.echo.s(1), group(t.add.s(1), t.add.s(2)), t.collect.s()).apply_async()
+        [step] = worker.receive()
+        worker.execute(step)
+        worker.execute(worker.receive()[0])  # its other message is lost
+        worker.execute(step)
         worker.run()
         assert worker.calls == [[2, 3]]
 
