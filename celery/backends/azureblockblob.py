@@ -10,7 +10,6 @@ from celery import states
 from celery._state import get_current_task
 from celery.app.backends import by_name
 from celery.exceptions import ImproperlyConfigured, TimeoutError
-from celery.utils.functional import _regen
 from celery.utils.log import get_logger
 
 from .azurestorage.credentials import CREDENTIAL_OPTIONS, check_identity, resolve
@@ -19,9 +18,11 @@ from .azurestorage.url import SCHEME, parse_url, redact
 from .base import KeyValueStoreBackend, unpickle_backend
 
 try:
-    from .azurestorage import chordheader, chordlog, chords, client, errors, expiry
-except ImportError:  # __init__ tells the user what to install
-    chordheader = chordlog = chords = client = errors = expiry = None  # type: ignore[assignment]
+    from .azurestorage import chordheader, chordlog, chordmessage, chords, client, errors, expiry
+except ImportError as exc:  # __init__ tells the user what to install
+    import_error: ImportError | None = exc
+else:
+    import_error = None
 
 __all__ = ('AzureBlockBlobBackend',)
 
@@ -60,6 +61,10 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
     def __init__(self, url=None, container_name=None, use_app_url=False, **kwargs):
         super().__init__(**kwargs)
         _require('azure-storage-blob', 'azure.storage.blob')
+        if import_error:
+            raise ImproperlyConfigured(
+                'The azureblockblob result backend needs a newer azure-storage-blob: '
+                'pip install --upgrade azure-storage-blob') from import_error
         if use_app_url:
             url = _url_of(self.app)
         self.url = url
@@ -282,16 +287,18 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
             kwargs: Options for polling.
         """
         group_id, results = header_result_args
-        size = None if isinstance(results, _regen) else sum(1 for _ in chordheader.ids_of(results))
-        if self._counts_parts(size):
-            body.update(chord_id=group_id, chord_size=size)
+        size = chordheader.count_parts(results)
+        if self._counts_parts(size, body):
+            chordmessage.mark_body(body, size, group_id)
             self._chords.start(group_id, results, size)
         else:
-            body.pop('chord_size', None)
+            chordmessage.unmark_body(body)
             super().apply_chord(header_result_args, body, **kwargs)
 
-    def _counts_parts(self, size):
-        if not self._settings['native_chords'] or size == 0:  # empty groups, say: nothing would report a part
+    def _counts_parts(self, size, body):
+        if not self._settings['native_chords']:
+            return False
+        if size == 0 or not body:  # nothing but empty groups: no part would be reported
             return False
         if size is not None and size > chords.MAX_PARTS:
             logger.warning('A chord of %s parts is polled: its log could hold %s.', size, chords.MAX_PARTS)
@@ -304,8 +311,18 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
 
     def on_chord_part_return(self, request, state, result, **kwargs):
         """Report a finished part of a chord, and start the body if it was the last. Polled chords need no report."""
-        if chordheader.is_counted(request):
-            self._chords.report(request, state, result)
+        self._chords.report(request, state, result)
+
+    def chord_error_from_stack(self, callback, exc=None):
+        """Fail the body of a chord, and all that Celery would let wait for it.
+
+        That is what a body leads to which is a chord, or a chain that ends with a chord or group; and the chord that
+        the body is a part of.
+        """
+        try:
+            return super().chord_error_from_stack(callback, exc)
+        finally:
+            self._chords.fail_what_waits(callback, exc)
 
     def _get_task_meta_for(self, task_id):
         meta = super()._get_task_meta_for(task_id)
@@ -320,9 +337,12 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
             NotImplementedError: if the current task's chord is polled: its size is fixed.
         """
         task = get_current_task()
-        if task and not chordheader.is_counted(task.request):
-            super().add_to_chord(chord_id, result)
-        self._chords.grow(chordheader.chord_id_of(task.request) if task else chord_id, result.id)
+        if task and task.request.group == chord_id:
+            mark = chordmessage.mark_of(task.request)
+            if mark is None:
+                raise NotImplementedError('Only chords that are started with azureblockblob_native_chords can grow.')
+            chord_id = mark.chord_id
+        self._chords.grow(chord_id, result.id)
 
     def chord_log(self, chord_id):
         """Return the log of a chord."""

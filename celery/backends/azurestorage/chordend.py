@@ -4,7 +4,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from typing import Any
 
 from azure.core.exceptions import AzureError
@@ -16,13 +17,18 @@ from celery.exceptions import ChordError
 from celery.utils.functional import maybe_list
 from celery.utils.log import get_logger
 
-from .chordheader import Header, Part, chord_id_of, ends_of, is_counted, request_of
-from .chordlog import Changed, ChordLog, Claim, Gone, Leased, LeaseLost, patiently, pauses
+from .chordheader import Header, Part
+from .chordlog import Changed, Claim, Gone, Leased, LeaseLost, patiently, pauses
+from .chordmessage import parts_in_outer_chord, unmark_body
+from .chordpart import FULL, FinishedPart
 
-__all__ = ('ChordEnd',)
+__all__ = ('THREAD', 'ChordEnd')
 
 #: How often to try whether a claimed log has become free, in seconds.
 CLAIM_INTERVAL = 1
+
+#: How the names of the threads begin that report parts and start bodies.
+THREAD = 'azureblockblob-chord'
 
 logger = get_logger(__name__)
 
@@ -32,31 +38,33 @@ class ChordEnd:
 
     Arguments:
         backend: The backend.
-        request: The part's request, with the body.
-        log: The chord's log.
-        count: Number of blocks in the log with the part; None if it took no more: it was complete, or is full.
+        part: The part.
+        number: What adding it to the log gave; see :meth:`.FinishedPart.append`.
         find_size: Returns the chord's size, or None if it is not known yet.
-        report: Reports a part of another chord.
     """
 
-    def __init__(self, backend: Any, request: Any, log: ChordLog, count: int | None,
-                 find_size: Callable[[], int | None], report: Callable[[Any, str, Any], None]) -> None:
+    def __init__(self, backend: Any, part: FinishedPart, number: float | None,
+                 find_size: Callable[[], int | None]) -> None:
         self._backend = backend
-        self._request = request
-        self._id = chord_id_of(request)
-        self._log = log
-        self._count = count
+        self._part = part
+        self._number = number
         self._find_size = find_size
-        self._report = report
+        self._id = part.mark.chord_id
+        self._log = part.log
+        self._request = part.request
+        self._awaited: float | None = None
 
-    def reach(self) -> None:
+    def reach(self) -> float | None:
         """Start the body if all parts are there. Raises nothing: Celery would report the part again.
 
         A soft time limit interrupts the main thread only, so that this is done on another one.
+
+        Returns:
+            Number of the block that may be the last one, if that is known: until then nobody needs to look.
         """
         task = get_current_worker_task()
-        thread = threading.Thread(target=_call_within, args=(task, task and task.request, self._start_at_last),
-                                  name='azureblockblob-chord')
+        thread = threading.Thread(target=copy_context().run, name=THREAD, args=(
+            _call_within, task, task and task.request, self._start_patiently))
         thread.start()
         while thread.is_alive():
             try:
@@ -64,9 +72,10 @@ class ChordEnd:
             except Exception as exc:
                 logger.warning('Task %s is past its time, but finishes chord %s first: %r',
                                self._request.id, self._id, exc)
+        return self._awaited
 
-    def _start_at_last(self) -> None:
-        """Start the body, whatever goes wrong for `PATIENCE` seconds."""
+    def _start_patiently(self) -> None:
+        """Start the body if all parts are there; repeat what fails for `PATIENCE` seconds."""
         waits = pauses()
         while True:
             try:
@@ -82,19 +91,24 @@ class ChordEnd:
             time.sleep(pause)
 
     def _start(self) -> None:
-        size = self._find_size()
-        if self._count is not None and (size is None or self._count < size):
-            return
         while True:
+            size = self._find_size()
+            if self._number is not None and self._number < (FULL if size is None else size):
+                return
             header = Header.read(self._log)
-            complete = header.is_complete(size)
-            if self._count is not None and not complete:
+            missing = FULL if size is None else header.missing(size)
+            if missing and self._number is None:  # what was claimed is gone, or is full, and this is all there is
+                _pause_for_claim()
+                self._number = self._part.append()
+                continue
+            if missing and self._number != FULL:
+                self._awaited = header.blocks + missing
                 return
             try:
                 claim = self._claim(header.etag)
             except Changed:
                 continue
-            if self._start_under(claim, header, complete):
+            if self._start_under(claim, header, complete=not missing):
                 return
 
     def _claim(self, etag: str) -> Claim:
@@ -103,7 +117,7 @@ class ChordEnd:
             try:
                 return self._log.claim(etag)
             except Leased:
-                time.sleep(CLAIM_INTERVAL * random.uniform(0.5, 1.5))
+                _pause_for_claim()
 
     def _start_under(self, claim: Claim, header: Header, complete: bool) -> bool:
         """Start the body, or fail it, and delete the log. Return False if the claim was lost before that."""
@@ -150,7 +164,9 @@ class ChordEnd:
         return result
 
     def _body(self) -> Any:
-        body = {key: value for key, value in self._request.chord.items() if key not in ('chord_id', 'chord_size')}
+        chord = self._request.chord
+        body = {**chord, 'options': dict(chord['options'])}
+        unmark_body(body)
         return maybe_signature(body, app=self._backend.app)
 
     def _publish(self, results: list[Any]) -> None:
@@ -165,18 +181,15 @@ class ChordEnd:
             self._fail(_chord_error(f'Callback error: {exc!r}', exc))
 
     def _fail(self, error: ChordError) -> None:
-        """Fail the body, and with it the parts that it is of another chord. Raises nothing.
+        """Fail the body. Raises nothing.
 
         Celery calls the errbacks first: they must not be called again, whatever goes wrong then.
         """
         logger.error('Chord %s failed: %s', self._id, error)
         body = self._body()
         try:
-            parts = [end for end in ends_of(body) if is_counted(request_of(end))]
-            _leave_errbacks_to_outer_chord(body, parts)
+            _leave_errbacks_to_outer_chord(body)
             self._fail_body(body, error)
-            for part in parts:
-                self._report(request_of(part), states.FAILURE, error)
         except Exception:
             logger.critical('The failure of chord %s could not be stored.', self._id, exc_info=True)
 
@@ -201,8 +214,13 @@ class ChordEnd:
             logger.warning('Blobs of chord parts were not deleted, and expire: %r', exc)
 
 
-def _leave_errbacks_to_outer_chord(body: dict[str, Any], parts: Iterable[dict[str, Any]]) -> None:
+def _pause_for_claim() -> None:
+    time.sleep(CLAIM_INTERVAL * random.uniform(0.5, 1.5))
+
+
+def _leave_errbacks_to_outer_chord(body: dict[str, Any]) -> None:
     """Take away the errbacks that the outer chord has too: `chord.link_error` gives them to nested chords also."""
+    parts = parts_in_outer_chord(body)
     outer = [errback for part in parts for errback in _errbacks_of(part['options']['chord'])]
     for signature in (body, *parts):
         own = [errback for errback in _errbacks_of(signature) if errback not in outer]

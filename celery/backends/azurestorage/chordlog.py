@@ -39,7 +39,9 @@ from celery.utils.log import get_logger
 from .client import BlobContainer
 from .errors import error_code, is_temporary
 
-__all__ = ('Changed', 'ChordLog', 'Claim', 'Full', 'Gone', 'LeaseLost', 'Leased', 'Record', 'patiently', 'pauses')
+__all__ = (
+    'Changed', 'ChordLog', 'Claim', 'Crowded', 'Full', 'Gone', 'LeaseLost', 'Leased', 'Record',
+    'patiently', 'pauses')
 
 T = TypeVar('T')
 
@@ -88,6 +90,10 @@ class Full(Exception):
     """The log takes no more blocks; a blob has 50,000 at most (REST: Append Block)."""
 
 
+class Crowded(Exception):
+    """The log takes no block of this size any more: its length is limited."""
+
+
 #: What the error codes of the service mean for a log (REST: Blob service error codes).
 OUTCOMES: dict[str, type[Exception]] = {
     'BlobNotFound': Gone,
@@ -102,6 +108,7 @@ OUTCOMES: dict[str, type[Exception]] = {
     'ConditionNotMet': Changed,
     'AppendPositionConditionNotMet': Changed,
     'BlockCountExceedsLimit': Full,
+    'MaxBlobSizeConditionNotMet': Crowded,
 }
 
 
@@ -137,43 +144,37 @@ class ChordLog:
         self.name = name
         self._container = container
 
-    def create(self, first: Record | None = None) -> bool:
+    def create(self, first: Record | None = None) -> None:
         """Create the log if it is not there; put `first` first. One or two requests.
 
         A log that exists is kept: the step that makes the chord was delivered again, and parts may be there.
-
-        Returns:
-            Whether there was none.
         """
-        is_new = True
         try:
             self._call(
                 lambda blob: blob.create_append_blob(match_condition=MatchConditions.IfMissing), creating=True)
         except (Changed, Leased):
-            is_new = False
+            pass
         except HttpResponseError as exc:
             if error_code(exc) != 'BlobAlreadyExists':
                 raise
-            is_new = False
         if first is not None:
             with suppress(Changed, Gone, Leased):  # another delivery of the same step has put it there
                 self._append(first.to_bytes(), appendpos_condition=0)
-        return is_new
 
-    def discard(self) -> None:
-        """Delete the log of a chord that was over before. One request."""
-        with suppress(Gone, Leased):
-            self._call(lambda blob: blob.delete_blob())
+    def append(self, block: bytes, limit: int | None = None) -> int:
+        """Add a block, and return its number: how many there are, up to this one. One request.
 
-    def append(self, block: bytes) -> int:
-        """Add a block and return the number of blocks, those included that were added at the same time. One request.
+        Arguments:
+            block: What to add.
+            limit: How long the log may become, in bytes.
 
         Raises:
+            Crowded: if it would become longer.
+            Full: if the log takes no more.
             Gone: if there is no log.
             Leased: if all parts are there and someone is about to start the body.
-            Full: if the log takes no more.
         """
-        return self._append(block)
+        return self._append(block, maxsize_condition=limit)
 
     def _append(self, block: bytes, **conditions: Any) -> int:
         answer = self._call(lambda blob: blob.append_block(block, **conditions))

@@ -8,34 +8,31 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from billiard.process import current_process
-from kombu.utils.encoding import ensure_bytes
 
 from celery import states
 from celery._state import get_current_task
+from celery.canvas import maybe_signature
 from celery.result import GroupResult
 from celery.signals import task_received, worker_shutdown
+from celery.utils.functional import LRUCache
 from celery.utils.log import get_logger
 
-from .chordend import ChordEnd
-from .chordheader import chord_id_of, ids_of, is_counted, parts_of, tree_of
-from .chordlog import GROWTH, PART, TREE, ChordLog, Full, Gone, Leased, Record, patiently
+from .chordend import THREAD, ChordEnd
+from .chordheader import tree_of
+from .chordlog import GROWTH, TREE, Gone, Leased, Record, patiently
+from .chordmessage import Mark, last_step_of, mark_of, parts_in_outer_chord, parts_of, request_of
+from .chordpart import FinishedPart
 
 __all__ = ('MAX_PARTS', 'ChordRunner')
 
 #: The longest header that is counted by its log. A log takes 50,000 blocks; the rest is for parts that come twice.
 MAX_PARTS = 40_000
 
-#: The largest block of a log, in bytes; a result that does not fit into it gets a blob of its own.
-MAX_BLOCK = 64 * 1024
-
-#: What a log may grow to, in bytes, since whoever starts the body reads it whole.
-MAX_LOG = 64 * 1024 * 1024
-
 #: How many parts a worker's main process reports at the same time: of a revoked chord, thousands may come at once.
 REPORT_THREADS = 10
 
-#: For how many chords whose header is a generator a process remembers the size.
-SIZES_KEPT = 1000
+#: For how many chords a thread remembers what it has learned of them.
+CHORDS_KEPT = 1000
 
 #: In the main process of a worker: the requests of grouped tasks that it still deals with, by task id.
 _received: WeakValueDictionary[str, Any] = WeakValueDictionary()
@@ -43,10 +40,12 @@ _received: WeakValueDictionary[str, Any] = WeakValueDictionary()
 logger = get_logger(__name__)
 
 
-@task_received.connect
 def _remember(request: Any, **kwargs: Any) -> None:
     if request.group:
         _received[request.id] = request
+
+
+task_received.connect(_remember)
 
 
 class ChordRunner:
@@ -58,7 +57,8 @@ class ChordRunner:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        self._sizes: dict[str, int] = {}
+        self._sizes: LRUCache = LRUCache(limit=CHORDS_KEPT)
+        self._awaited: LRUCache = LRUCache(limit=CHORDS_KEPT)
         self._awaiting_size: set[str] = set()
         self._reporters: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -71,24 +71,12 @@ class ChordRunner:
             results: Results of the header's tasks; of no meaning if their number is not known.
             size: Number of parts, or None for a header that is a generator.
         """
-        log = self._backend.chord_log(chord_id)
+        tree = None
         if size is None:
             self._awaiting_size.add(chord_id)
-            log.create()
-            return
-        is_nested = any(isinstance(result, GroupResult) for result in results)
-        is_new = log.create(Record(TREE, tree_of(results)) if is_nested else None)
-        if is_new and get_current_task() and self._has_run(next(ids_of(results))):
-            logger.warning('Chord %s is over: the task that starts it has come again.', chord_id)
-            log.discard()
-
-    def _has_run(self, task_id: str) -> bool:
-        """Tell whether a part has stored a result, which it does while there is a log.
-
-        If there was none, the chord is over, and the message of the task that starts it was delivered again. To look
-        after the log was made leaves no gap: what has deleted it came after all results.
-        """
-        return self._backend.get(self._backend.get_key_for_task(task_id)) is not None
+        elif any(isinstance(result, GroupResult) for result in results):
+            tree = Record(TREE, tree_of(results))
+        self._backend.chord_log(chord_id).create(tree)
 
     def set_size(self, group_id: str, size: int) -> None:
         """Write the size of a chord whose header is a generator, before Celery publishes the last part.
@@ -117,7 +105,7 @@ class ChordRunner:
             logger.warning('Chord %s is over, or has expired, and does not wait for %s.', chord_id, task_id)
 
     def report(self, request: Any, state: str, result: Any) -> None:
-        """Log a finished part, and start the body if it was the last.
+        """Log a finished part of a chord, and start the body if it was the last. A polled chord needs no report.
 
         A worker's main process reports the tasks that were revoked, timed out, or lost with their process. It does
         so on other threads: its event loop must not wait for Azure.
@@ -125,11 +113,14 @@ class ChordRunner:
         Raises:
             azure.core.exceptions.AzureError: if the part cannot be logged, after many attempts or for good.
         """
+        mark = mark_of(request)
+        if mark is None:
+            return
         for part in parts_of(request):
             if self._in_main_process():
-                self._report_in_thread(part, state, result)
+                self._report_in_thread(mark, part, state, result)
             else:
-                self._report(part, state, result)
+                self._report(mark, part, state, result)
 
     def report_lost(self, task_id: str, result: Any) -> None:
         """Report a part again of which a worker's main process learns that it has succeeded.
@@ -139,22 +130,33 @@ class ChordRunner:
         while it was about to start the body; if not, the second report does no harm.
         """
         request = _received.get(task_id)
-        if request is not None and self._in_main_process() and is_counted(request._context):
+        if request is not None and self._in_main_process():
             self.report(request._context, states.SUCCESS, result)
 
+    def fail_what_waits(self, body: Any, error: Any) -> None:
+        """Fail what waits for a body that has failed since its chord has: see `chord_error_from_stack`."""
+        parts = parts_in_outer_chord(body)
+        last = last_step_of(body)
+        if last is None:
+            for part in parts:
+                self.report(request_of(part), states.FAILURE, error)
+        else:
+            self._backend.chord_error_from_stack(maybe_signature(last, app=self._backend.app), error)
+
     def _in_main_process(self) -> bool:
-        """Tell whether this is the main process of a worker, and not the thread of a task there.
+        """Tell whether this is the main process of a worker, and there neither the thread of a task nor one of ours.
 
         In a process of the pool a report is waited for, even where Celery makes it after the task: such a process
         ends without waiting for its threads.
         """
         return (self._backend.app.loader.worker_initialized
-                and current_process().name == 'MainProcess' and get_current_task() is None)
+                and current_process().name == 'MainProcess' and get_current_task() is None
+                and not threading.current_thread().name.startswith(THREAD))
 
     def _report_in_thread(self, *report: Any) -> None:
         with self._lock:
             if self._reporters is None:
-                self._reporters = ThreadPoolExecutor(REPORT_THREADS, 'azureblockblob-report')
+                self._reporters = ThreadPoolExecutor(REPORT_THREADS, f'{THREAD}-report')
                 worker_shutdown.connect(self._finish_reports, weak=False)
             self._reporters.submit(self._report_or_log, *report)
 
@@ -165,59 +167,44 @@ class ChordRunner:
         if reporters:
             reporters.shutdown()
 
-    def _report_or_log(self, request: Any, state: str, result: Any) -> None:
+    def _report_or_log(self, mark: Mark, request: Any, state: str, result: Any) -> None:
         try:
-            self._report(request, state, result)
+            self._report(mark, request, state, result)
         except Exception:
-            logger.critical('Task %s could not be reported: chord %s will not end.', request.id,
-                            chord_id_of(request), exc_info=True)
+            logger.critical('Task %s could not be reported: chord %s will not end.', request.id, mark.chord_id,
+                            exc_info=True)
 
-    def _report(self, request: Any, state: str, result: Any) -> None:
+    def _report(self, mark: Mark, request: Any, state: str, result: Any) -> None:
         """Log a part, and start the body if it was the last. Return when that is done.
 
-        Whatever interrupts this, Celery reports the part again, as failed. Its first record counts, so that this
+        If this is interrupted, Celery reports the part again, as failed. Only its first record counts, so that this
         does no harm; and the second report finishes what the first has not.
         """
-        chord_id = chord_id_of(request)
-        log = self._backend.chord_log(chord_id)
-        size = self._known_size(request)
-        block = patiently(lambda: self._encode(log, request, state, result, size))
-        count = None
+        part = FinishedPart(self._backend, mark, request, state, result)
         try:
-            count = patiently(lambda: log.append(block))
+            number = part.append()
         except Gone:
-            logger.warning('Chord %s is over, or has expired: task %s came too late for it.', chord_id, request.id)
+            logger.warning(
+                'Chord %s is over, or has expired: task %s came too late for it.', mark.chord_id, request.id)
             return
-        except (Full, Leased):
-            pass
-        if count is None or size is None or count >= size:
-            ChordEnd(self._backend, request, log, count, lambda: self._find_size(request, log), self._report).reach()
+        awaited = self._awaited.get(mark.chord_run, self._known_size(mark))
+        if number is None or awaited is None or number >= awaited:
+            awaited = ChordEnd(self._backend, part, number, lambda: self._find_size(part)).reach()
+            if awaited is not None:
+                self._awaited[mark.chord_run] = awaited
 
-    def _known_size(self, request: Any) -> int | None:
-        size = request.chord['chord_size']
-        return self._sizes.get(chord_id_of(request)) if size is None else size
+    def _known_size(self, mark: Mark) -> int | None:
+        return self._sizes.get(mark.chord_run) if mark.chord_size is None else mark.chord_size
 
-    def _find_size(self, request: Any, log: ChordLog) -> int | None:
+    def _find_size(self, part: FinishedPart) -> int | None:
         """Return a chord's size: from a part's message, or from the log. Of the latter, only a number is remembered.
 
         The size is written before the last part is published, and read after a part is logged: so that whoever logs
         the last one finds it.
         """
-        size = self._known_size(request)
+        size = self._known_size(part.mark)
         if size is None:
-            size = log.size()
+            size = part.log.size()
             if size is not None:
-                if len(self._sizes) >= SIZES_KEPT:
-                    self._sizes.clear()
-                self._sizes[chord_id_of(request)] = size
+                self._sizes[part.mark.chord_run] = size
         return size
-
-    def _encode(self, log: ChordLog, request: Any, state: str, result: Any, size: int | None) -> bytes:
-        """Return a part's block, its result stored elsewhere if it is large."""
-        backend = self._backend
-        data = ensure_bytes(backend.encode(backend.encode_result(result, state)))
-        block = Record(PART, [request.id, request.group_index, state, None], data).to_bytes()
-        if len(block) <= min(MAX_BLOCK, MAX_LOG // (size or MAX_PARTS)):
-            return block
-        payload = log.store_payload(data, backend.content_type)
-        return Record(PART, [request.id, request.group_index, state, payload]).to_bytes()

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from kombu import Message
+from kombu.serialization import prepare_accept_content
 
 from celery import Celery, _state, chord, signals, states
 from celery.backends.azurestorage.chordlog import LEASE_DURATION
@@ -67,7 +68,8 @@ class ChordWorker:
         with self.app.connection_for_read() as connection:
             queue = self.app.amqp.queues[self.app.conf.task_default_queue].bind(connection.default_channel)
             queue.declare()
-            messages = list(iter(lambda: queue.get(no_ack=True), None))
+            accept = prepare_accept_content(self.app.conf.accept_content)
+            messages = list(iter(lambda: queue.get(no_ack=True, accept=accept), None))
         self.names += [message.headers['task'] for message in messages]
         return messages
 
@@ -159,13 +161,17 @@ def _define_tasks(app: Celery, calls: list[Any]) -> SimpleNamespace:
             self.add_to_chord(echo.s(value))
         return 'grown'
 
+    @app.task(name='grow_other', shared=False)
+    def grow_other(chord_id):
+        app.backend.add_to_chord(chord_id, app.AsyncResult('another'))
+
     @app.task(name='family', shared=False, bind=True)
     def family(self, *args):
         return {'root': self.request.root_id, 'parent': self.request.parent_id, 'id': self.request.id}
 
     return SimpleNamespace(
         echo=echo, add=add, fail=fail, collect=collect, errback=errback, alarm=alarm, quiet=quiet, opaque=opaque,
-        replace=replace, grow=grow, family=family)
+        replace=replace, grow=grow, grow_other=grow_other, family=family)
 
 
 def lapse(service: FakeBlobService) -> None:

@@ -173,22 +173,6 @@ class test_parts_that_come_twice:
         assert worker.calls == [[2, 3]]
 
 
-    @pytest.mark.parametrize('header', [
-        lambda t: group(t.add.s(1), t.add.s(2)),
-        lambda t: group(chain(t.add.s(1), group(t.add.s(2), t.add.s(3))), t.add.s(4)),
-    ], ids=['flat', 'nested'])
-    def test_a_step_that_comes_again_after_the_end_does_not_start_the_body_again(self, worker, fake_service, header):
-        t = worker.tasks
-        chain(t.echo.s(1), header(t), t.collect.s()).apply_async()
-        [step] = worker.receive()
-        worker.execute(step)
-        worker.run()
-        assert len(worker.calls) == 1
-        worker.execute(step)
-        worker.run()
-        assert len(worker.calls) == 1
-        assert logs(fake_service) == []
-
     def test_a_step_that_comes_again_finishes_what_the_first_has_begun(self, worker):
         t = worker.tasks
         chain(t.echo.s(1), group(t.add.s(1), t.add.s(2)), t.collect.s()).apply_async()
@@ -247,6 +231,35 @@ class test_lost_and_late_requests:
         worker.execute(messages[0])
         worker.run()
         assert worker.calls == [[0, 1]]
+
+    def test_a_second_create_that_arrives_after_the_end_while_someone_waits_for_the_claim(
+            self, worker, fake_service, monkeypatch):
+        t = worker.tasks
+        result, messages = worker.start(worker.echoes(2), t.collect.s().on_error(t.errback.s()))
+        worker.execute(messages[0])
+        request = worker.request(messages[1])._context
+        waiter = threading.Thread(
+            target=worker.app.backend.on_chord_part_return, args=(request, states.SUCCESS, 1), daemon=True)
+        waiting, created = threading.Event(), threading.Event()
+
+        def wait_for_claim(seconds):
+            waiting.set()
+            assert created.wait(DEADLINE)
+
+        def report_again():
+            waiter.start()
+            assert waiting.wait(DEADLINE)
+
+        monkeypatch.setattr(chordend, 'time', SimpleNamespace(sleep=wait_for_claim))
+        fake_service.on('Lease Blob')
+        fake_service.on('Lease Blob', before=report_again)  # the renewal of the claim
+        worker.execute(messages[1])
+        worker.app.backend.chord_log(result.parent.id).create()
+        created.set()
+        waiter.join(DEADLINE)
+        worker.run()
+        assert worker.calls == [[0, 1]]
+        assert worker.outcome(result) == (states.SUCCESS, [0, 1])
 
     def test_the_log_grows_between_read_and_claim(self, worker, fake_service):
         _, messages = worker.start(worker.echoes(2))
@@ -540,7 +553,11 @@ class test_every_order_of_requests:
     def explore(self, worker, fake_service, monkeypatch):
         """Return a function that has parts reported in every order, and returns how often each body was started."""
         backend = worker.app.backend
-        monkeypatch.setattr(chordend.ChordEnd, 'reach', chordend.ChordEnd._start_at_last)
+        def reach_here(end):
+            end._start_patiently()
+            return end._awaited
+
+        monkeypatch.setattr(chordend.ChordEnd, 'reach', reach_here)
         monkeypatch.setattr(chordlog, 'RENEW_INTERVAL', DEADLINE)
 
         published = []

@@ -24,6 +24,7 @@ from celery.backends.azurestorage.chordlog import (
     TREE,
     Changed,
     ChordLog,
+    Crowded,
     Full,
     Gone,
     Leased,
@@ -160,6 +161,13 @@ class test_append:
         claim(created)
         with pytest.raises(Leased):
             created.append(BLOCK)
+
+    def test_a_log_does_not_become_longer_than_it_may(self, created):
+        assert created.append(BLOCK, limit=2 * len(BLOCK)) == 1
+        assert created.append(BLOCK, limit=2 * len(BLOCK)) == 2
+        with pytest.raises(Crowded):
+            created.append(BLOCK, limit=2 * len(BLOCK))
+        assert created.append(BLOCK) == 3
 
     def test_a_full_log_takes_no_blocks(self, created, fake_service):
         fake_service.max_blocks = 1
@@ -451,6 +459,7 @@ OUTCOMES = [
     (412, 'ConditionNotMet', Changed),
     (412, 'AppendPositionConditionNotMet', Changed),
     (409, 'BlockCountExceedsLimit', Full),
+    (412, 'MaxBlobSizeConditionNotMet', Crowded),
 ]
 
 

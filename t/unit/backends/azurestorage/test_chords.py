@@ -1,8 +1,10 @@
 """Chords that are counted by a log: what a user sees of them."""
 from __future__ import annotations
 
+import contextvars
 import uuid
 from collections import Counter
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +13,10 @@ pytest.importorskip('azure.storage.blob')
 
 from kombu.exceptions import OperationalError
 
-from celery import chain, chord, group, states, version_info
+from celery import chain, chord, group, signals, states, version_info
 from celery.app.task import Context
-from celery.backends.azurestorage import chordlog, chords
+from celery.backends.azurestorage import chordlog, chordpart, chords
+from celery.result import GroupResult
 
 from .chordworker import killed, lapse, logs
 from .fakehttp import cut_connection, refuse_connection
@@ -58,6 +61,16 @@ SHAPES = {
 if version_info < (5, 7):
     # There Celery counts a part that no task is, and hands an empty list to the body.
     del SHAPES['a chain that ends with nothing']
+
+
+@contextmanager
+def connected(signal, receiver):
+    """Have a signal received within the block."""
+    signal.connect(receiver, weak=False)
+    try:
+        yield
+    finally:
+        signal.disconnect(receiver)
 
 
 @pytest.fixture(params=SHAPES)
@@ -106,10 +119,13 @@ class test_the_body:
         worker.run()
         assert worker.calls == [[]]
 
-    def test_of_a_header_of_empty_groups_starts_too(self, worker):
-        chord([chain(group())], worker.tasks.collect.s()).apply_async()
-        worker.run()
-        assert worker.calls == [[[]]]
+    @pytest.mark.parametrize('make_header', [
+        lambda: [chain(group())], lambda: [group()], lambda: (group() for _ in range(2)),
+    ], ids=['chain', 'list', 'generator'])
+    def test_of_a_header_of_empty_groups_starts_too(self, worker, fake_service, make_header):
+        worker.finish(make_header())
+        assert len(worker.calls) == 1
+        assert logs(fake_service) == []
 
     def test_may_be_a_group(self, worker):
         result = chord(worker.echoes(2), group(worker.tasks.collect.s(), worker.tasks.collect.s())).apply_async()
@@ -156,6 +172,21 @@ class test_the_body:
             worker.run()
         assert worker.calls == [[0, 1]] * 2
 
+    def test_is_published_in_the_context_of_the_part_that_started_it(self, worker):
+        trace = contextvars.ContextVar('trace')
+        seen = {}
+
+        def begin(task, **kwargs):
+            trace.set(f'trace of {task.name}')
+
+        def publish(sender, **kwargs):
+            seen[sender] = trace.get(None)
+
+        _, [message] = worker.start(worker.echoes(1))
+        with connected(signals.task_prerun, begin), connected(signals.before_task_publish, publish):
+            contextvars.copy_context().run(worker.execute, message)
+        assert seen == {'collect': 'trace of echo'}
+
     def test_belongs_to_the_part_that_started_it(self, worker):
         result, messages = worker.start([worker.tasks.family.s(), worker.tasks.family.s()], worker.tasks.family.s())
         worker.execute(messages[0])
@@ -163,6 +194,30 @@ class test_the_body:
         worker.run()
         last = messages[1].headers['id']
         assert worker.outcome(result)[1] == {'root': last, 'parent': last, 'id': result.id}
+
+    @pytest.mark.parametrize('serializer', ['json', 'pickle'])
+    @pytest.mark.parametrize(('make_body', 'nested'), [
+        (lambda t: t.collect.s(), False),
+        (lambda t: group(t.collect.s()), False),
+        (lambda t: chain(t.echo.s(), t.collect.s()), False),
+        (lambda t: chord([t.echo.s()], t.collect.s()), True),
+    ], ids=['task', 'group', 'chain', 'chord'])
+    def test_starts_whatever_it_is_and_however_messages_are_written(
+            self, make_worker, fake_service, make_body, nested, serializer):
+        worker = make_worker(task_serializer=serializer, accept_content=['json', serializer])
+        t = worker.tasks
+        worker.finish(worker.echoes(2), make_body(t))
+        worker.finish([chord(worker.echoes(2), make_body(t)), t.echo.s(2)], t.echo.s())
+        assert worker.calls == [[[0, 1]] if nested else [0, 1]] * 2
+        assert logs(fake_service) == []
+
+    @pytest.mark.parametrize('header', [
+        lambda t: [t.echo.s(1)],
+        lambda t: [t.echo.s(1), chord([t.echo.s(1)], group())],
+    ], ids=['flat', 'nested'])
+    def test_may_be_empty(self, worker, fake_service, header):
+        worker.finish(header(worker.tasks), group())
+        assert logs(fake_service) == []
 
     def test_of_chained_chords(self, worker):
         t = worker.tasks
@@ -213,8 +268,16 @@ class test_the_number_of_parts:
         worker.finish(worker.tasks.echo.s(value) for value in range(20))
         assert Counter(fake_service.operations)['Get Blob Properties'] == 1
 
-    def test_is_remembered_for_some_chords_only(self, worker, monkeypatch):
-        monkeypatch.setattr(chords, 'SIZES_KEPT', 2)
+    def test_of_a_generator_may_be_another_when_its_id_is_used_again(self, worker):
+        t = worker.tasks
+        for number in (2, 4, 3):
+            header = (t.echo.s(value) for value in range(number))
+            chord(header, t.collect.s()).set(task_id='nightly').apply_async()
+            worker.run()
+        assert worker.calls == [[0, 1], [0, 1, 2, 3], [0, 1, 2]]
+
+    def test_is_remembered_for_some_chords_only(self, worker):
+        worker.app.backend._chords._sizes.limit = 2
         for _ in range(5):
             worker.finish(worker.tasks.echo.s(value) for value in range(2))
             assert len(worker.app.backend._chords._sizes) <= 2
@@ -232,6 +295,12 @@ class test_the_number_of_parts:
         assert len(worker.receive()) == 2
 
 
+def count_reads(service):
+    """Return how often logs were read."""
+    return sum(request.operation == 'Get Blob' and request.blob.startswith('celery-chord-')
+               for request in service.requests)
+
+
 class test_requests:
 
     @pytest.mark.parametrize('number', [1, 10, 200])
@@ -243,6 +312,23 @@ class test_requests:
         assert sum(counts.values()) - results - number <= 8
         assert worker.calls == [list(range(number))]
         assert Counter(worker.names) == {'echo': number, 'collect': 1}
+
+    @pytest.mark.parametrize('make_header', [
+        lambda t: [t.grow.s(*range(40))],
+        lambda t: [chain(t.echo.s(1), group(t.echo.s() for _ in range(40))), t.echo.s(1)],
+    ], ids=['that grows', 'that is nested'])
+    def test_a_log_with_more_blocks_than_parts_is_read_a_few_times_only(self, worker, fake_service, make_header):
+        worker.finish(make_header(worker.tasks))
+        assert len(worker.calls) == 1
+        assert count_reads(fake_service) <= 3
+
+    def test_a_log_with_parts_that_came_twice_is_read_a_few_times_only(self, worker, fake_service):
+        _, messages = worker.start(worker.echoes(40))
+        for message in [*messages[:20], *messages]:
+            worker.execute(message)
+        worker.run()
+        assert worker.calls == [list(range(40))]
+        assert count_reads(fake_service) <= 3
 
     def test_none_for_a_polled_chord(self, make_worker, fake_service):
         worker = make_worker(azureblockblob_native_chords=False)
@@ -277,12 +363,20 @@ class test_growth:
         assert [sorted(map(str, results)) for results in worker.calls] == [['10', 'grown']]
         assert 'does not wait' in caplog.text
 
+    def test_a_task_can_make_another_chord_than_its_own_grow(self, worker):
+        other, [part] = worker.start(worker.echoes(1))
+        worker.finish([worker.tasks.grow_other.s(other.parent.id)])
+        assert worker.calls == [[None]]
+        worker.execute(part)
+        assert worker.receive() == []
+
     def test_a_polled_chord_cannot_grow(self, make_worker):
         worker = make_worker(azureblockblob_native_chords=False)
         result, messages = worker.start([worker.tasks.grow.s(10)])
         worker.execute(messages[-1])
         state, error = worker.outcome(result.parent.results[0])
         assert (state, type(error).__name__) == (states.FAILURE, 'NotImplementedError')
+        assert 'azureblockblob_native_chords' in str(error)
 
     def test_outside_of_a_task(self, worker):
         result, messages = worker.start(worker.echoes(1))
@@ -341,6 +435,10 @@ class test_failures:
         lambda t: [t.echo.s(1), chord([t.fail.s()], group(t.collect.s(), t.collect.s()))],
         lambda t: [t.echo.s(1), chord([t.fail.s()], chain(t.collect.s(), t.collect.s()))],
         lambda t: [t.echo.s(1), chord([t.fail.s()], chord([t.collect.s()], t.collect.s()))],
+        lambda t: (x for x in [chord([t.fail.s()], t.collect.s())]),
+        lambda t: (x for x in [chord([t.fail.s()], chain(t.collect.s(), t.collect.s()))]),
+        lambda t: (x for x in [chord([t.fail.s()], group(t.collect.s(), t.collect.s()))]),
+        lambda t: (x for x in [chord([t.fail.s()], chord([t.collect.s()], t.collect.s()))]),
         lambda t: [t.echo.s(1), chain(t.fail.s(), t.collect.s())],
         lambda t: [t.echo.s(1), chain(t.fail.s(), group(t.collect.s(), t.collect.s()))],
         lambda t: [t.replace.s(t.fail.s()), t.echo.s(1)],
@@ -348,6 +446,8 @@ class test_failures:
         lambda t: [t.echo.s(1), t.replace.s(group(t.fail.s(), t.echo.s(1)))],
     ], ids=['header of a nested chord', 'body of a nested chord', 'header of a chord in a nested chord',
             'nested chord with a group', 'nested chord with a chain', 'nested chord with a chord',
+            'generated chord', 'generated chord with a chain', 'generated chord with a group',
+            'generated chord with a chord',
             'chain', 'chain that would end with a group', 'replaced task', 'task replaced by a chord',
             'task replaced by a group'])
     def test_of_something_nested_end_the_chord_around_it(self, worker, make_header, fake_service):
@@ -356,6 +456,27 @@ class test_failures:
         assert 'Dependency' in worker.failure(result)
         assert worker.calls == [(result.id, 'ChordError')]
         assert logs(fake_service) == []
+
+    @pytest.mark.parametrize('make_body', [
+        lambda t: chord([t.collect.s()], t.collect.s()),
+        lambda t: chord([t.collect.s()], chain(t.collect.s(), group(t.collect.s(), t.collect.s()))),
+        lambda t: chain(t.collect.s(), group(t.collect.s(), t.collect.s())),
+        lambda t: group(t.collect.s(), chord([t.collect.s()], t.collect.s())),
+    ], ids=['chord', 'chord with a chain', 'chain that ends with a group', 'group with a chord'])
+    @pytest.mark.parametrize('native_chords', [True, False])
+    def test_end_all_that_waits_for_a_body_of_several_tasks(self, make_worker, make_body, native_chords):
+        worker = make_worker(azureblockblob_native_chords=native_chords)
+        result = worker.finish([worker.tasks.fail.s()], make_body(worker.tasks))
+        ends = result.results if isinstance(result, GroupResult) else [result]
+        assert [worker.outcome(end)[0] for end in ends] == [states.FAILURE] * len(ends)
+        assert worker.calls == []
+
+    def test_of_a_polled_chord_end_the_counted_one_around_it(self, worker, monkeypatch):
+        monkeypatch.setattr(chords, 'MAX_PARTS', 2)
+        t = worker.tasks
+        result = worker.finish([t.echo.s(0), chord([t.fail.s(), t.echo.s(1), t.echo.s(2)], t.echo.s())])
+        assert 'celery.chord_unlock' in worker.names
+        assert 'Dependency' in worker.failure(result)
 
     def test_of_a_nested_chord_call_an_errback_of_both_once(self, worker):
         t = worker.tasks
@@ -482,8 +603,8 @@ class test_limits:
         worker.execute(messages[1])
         with killed(fake_service, 'Lease Blob', 'renew'):
             worker.execute(messages[2])
-        fake_service.on('Lease Blob', times=2)
-        fake_service.on('Lease Blob', before=lambda: lapse(fake_service))
+        fake_service.on('Append Block', times=2)
+        fake_service.on('Append Block', before=lambda: lapse(fake_service))
         worker.execute(messages[3])
         assert 'more parts than its log can hold' in worker.failure(result)
 
@@ -491,7 +612,7 @@ class test_limits:
 class test_large_results:
 
     def large(self, worker, number=2):
-        return [worker.tasks.echo.s('x' * chords.MAX_BLOCK) for _ in range(number)]
+        return [worker.tasks.echo.s('x' * chordpart.MAX_BLOCK) for _ in range(number)]
 
     def test_get_blobs_of_their_own_which_go_with_the_log(self, worker, fake_service):
         _, messages = worker.start([*self.large(worker), worker.tasks.echo.s(1)])
@@ -500,7 +621,7 @@ class test_large_results:
         assert len(logs(fake_service)) == 3
         worker.execute(messages[2])
         worker.run()
-        assert worker.calls == [['x' * chords.MAX_BLOCK] * 2 + [1]]
+        assert worker.calls == [['x' * chordpart.MAX_BLOCK] * 2 + [1]]
         assert logs(fake_service) == []
 
     def test_those_of_parts_that_come_twice_go_too(self, worker, fake_service):
@@ -516,20 +637,27 @@ class test_large_results:
         worker.execute(messages[0])
         assert len(logs(fake_service)) == 2
 
-    def test_are_smaller_in_longer_headers(self, worker, fake_service, monkeypatch):
-        monkeypatch.setattr(chords, 'MAX_LOG', 4000)
-        _, messages = worker.start([worker.tasks.echo.s('x' * 300), *worker.echoes(19)])
+    def test_get_none_as_long_as_they_fit_into_a_block(self, worker, fake_service):
+        header = (worker.tasks.echo.s('x' * (chordpart.MAX_BLOCK - 1000)) for _ in range(3))
+        _, messages = worker.start(header)
         worker.execute(messages[0])
-        assert len(logs(fake_service)) == 2
-        for message in messages[1:]:
-            worker.execute(message)
-        worker.run()
-        assert worker.calls == [['x' * 300, *range(19)]]
+        assert len(logs(fake_service)) == 1
 
-    def test_a_log_stays_small_with_the_longest_header(self):
-        head = [str(uuid.uuid4()), chords.MAX_PARTS, states.SUCCESS, str(uuid.uuid4())]
+    def test_get_them_all_once_the_log_is_long(self, worker, fake_service, monkeypatch):
+        monkeypatch.setattr(chordpart, 'MAX_LENGTH', 2000)
+        _, messages = worker.start([worker.tasks.echo.s('x' * 300) for _ in range(9)])
+        for message in messages[:8]:
+            worker.execute(message)
+        assert len(logs(fake_service)) == 1 + 8 - 3  # as many fit into the log
+        worker.execute(messages[8])
+        worker.run()
+        assert worker.calls == [['x' * 300] * 9]
+        assert logs(fake_service) == []
+
+    def test_a_log_stays_below_64_mib_with_the_longest_header(self):
+        head = [str(uuid.uuid4()), chords.MAX_PARTS, states.SUCCESS, f'celery-chord-{uuid.uuid4()}.{uuid.uuid4()}']
         block = chordlog.Record(chordlog.PART, head)
-        assert len(block.to_bytes()) < chords.MAX_LOG / chords.MAX_PARTS
+        assert chordpart.MAX_LENGTH + 50_000 * len(block.to_bytes()) < 64 * 1024 * 1024
 
     def test_that_are_gone_fail_the_chord(self, worker, fake_service):
         result, messages = worker.start(self.large(worker))
@@ -545,7 +673,7 @@ class test_large_results:
         fake_service.on('Get Blob', blob='.', answer=(503, 'ServerBusy'), times=8)
         worker.execute(messages[1])
         worker.run()
-        assert worker.calls == [['x' * chords.MAX_BLOCK] * 2]
+        assert worker.calls == [['x' * chordpart.MAX_BLOCK] * 2]
 
     def test_that_cannot_be_deleted_are_left_to_expire(self, worker, fake_service, caplog):
         _, messages = worker.start(self.large(worker))
@@ -561,7 +689,7 @@ class test_formats:
 
     @pytest.mark.parametrize('serializer', ['json', 'pickle', 'yaml', 'msgpack'])
     @pytest.mark.parametrize('compression', [None, 'gzip'])
-    @pytest.mark.parametrize('size', [1, chords.MAX_BLOCK])
+    @pytest.mark.parametrize('size', [1, chordpart.MAX_BLOCK])
     def test_results_come_as_they_were_returned(self, make_worker, serializer, compression, size):
         if serializer in ('yaml', 'msgpack'):
             pytest.importorskip(serializer)
