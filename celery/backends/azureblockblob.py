@@ -94,6 +94,12 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         kwargs = dict(kwargs or {}, expires=self.expires, container_name=self._settings['container_name'], **own)
         return unpickle_backend, (_BackendClass(type(self)), args, kwargs)
 
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self  # whoever copies a result means the same backend
+
     @property
     def container(self):
         """The container of the results, on the client that this process shares."""
@@ -208,12 +214,13 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         expires = self.expires if older_than is None else older_than
         if not expires:
             return None
-        chord_expires = self.prepare_expires(self.app.conf.get('result_chord_expires') or CHORD_LOG_EXPIRES)
-        return expiry.delete_expired(self.container, {
-            self._blob_name(self.task_keyprefix): expires,
-            self._blob_name(self.group_keyprefix): expires,
-            self._blob_name(self.chord_keyprefix): max(expires, chord_expires),
-        }, dry_run, **kwargs)
+        ages = {self._blob_name(prefix): expires for prefix in (self.task_keyprefix, self.group_keyprefix)}
+        chord_logs = self._blob_name(self.chord_keyprefix)
+        chord_expires = self.app.conf.get('result_chord_expires')
+        chord_expires = CHORD_LOG_EXPIRES if chord_expires is None else self.prepare_expires(chord_expires)
+        if chord_expires:
+            ages[chord_logs] = max(expires, chord_expires)
+        return expiry.delete_expired(self.container, ages, dry_run, attached=chord_logs, **kwargs)
 
     def wait_for(self, task_id, timeout=None, interval=0.5, no_ack=True, on_interval=None):
         """Wait for a task and return its meta-data.

@@ -295,7 +295,8 @@ def _call(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as exc:  # whatever a function of the user's own raises
-        raise ImproperlyConfigured(f'azureblockblob_credential: {function!r} raised {exc!r}') from exc
+        # What it says may hold a secret; it is shown where Python shows the cause.
+        raise ImproperlyConfigured(f'azureblockblob_credential: {function!r} raised {type(exc).__name__}') from exc
 
 
 class TokenError(Exception):
@@ -384,13 +385,16 @@ class SharedCredential:
     def _ask(self, scopes: Iterable[str], options: Mapping[str, Any]) -> Any:
         try:
             if hasattr(self.credential, 'get_token_info'):
-                return self.credential.get_token_info(*scopes, options=options)
-            token = self.credential.get_token(*scopes, **options)
+                token = self.credential.get_token_info(*scopes, options=options)
+            else:
+                token = self.credential.get_token(*scopes, **options)
+            return import_module('azure.core.credentials').AccessTokenInfo(
+                token.token, token.expires_on, token_type=getattr(token, 'token_type', 'Bearer'),
+                refresh_on=getattr(token, 'refresh_on', None))
         except SoftTimeLimitExceeded:  # of the task, not of the credential
             raise
-        except Exception as exc:  # a credential of the user's own may raise anything
+        except Exception as exc:  # a credential of the user's own may raise anything, or return no token
             raise TokenError(str(exc)) from exc
-        return import_module('azure.core.credentials').AccessTokenInfo(token.token, token.expires_on)
 
 
 def _keep(token: Any) -> _Kept:

@@ -32,6 +32,7 @@ def delete_expired(
     ages: Mapping[str, float],
     dry_run: bool = False,
     on_progress: Callable[[Totals], None] = lambda totals: None,
+    attached: str = '',
 ) -> Totals:
     """Delete the blobs that were written too long ago.
 
@@ -42,12 +43,13 @@ def delete_expired(
         ages: What their names begin with, and for how many seconds each kind is kept.
         dry_run: Only count them.
         on_progress: Called with the totals so far after each batch.
+        attached: One of those beginnings. There, a blob ``NAME.SUFFIX`` is kept as long as the blob ``NAME``.
     """
     totals = Totals()
     now = datetime.now(timezone.utc)
     for prefix, age in ages.items():
         oldest = now - timedelta(seconds=min(age, now.timestamp()))  # before 1970, Azure had no blobs
-        for batch in _batches(_expired(container, prefix, oldest, totals)):
+        for batch in _batches(_expired(container, prefix, oldest, totals, prefix == attached)):
             totals.expired += len(batch)
             if not dry_run:
                 totals.deleted += container.delete_many(batch)
@@ -56,10 +58,16 @@ def delete_expired(
     return totals
 
 
-def _expired(container: BlobContainer, prefix: str, oldest: datetime, totals: Totals) -> Iterator[BlobItem]:
-    for item in container.list_blobs(prefix):
+def _expired(
+    container: BlobContainer, prefix: str, oldest: datetime, totals: Totals, attached: bool,
+) -> Iterator[BlobItem]:
+    live = set()
+    for item in container.list_blobs(prefix):  # in order of their names, so that NAME comes before NAME.SUFFIX
         totals.found += 1
-        if item.last_modified < oldest:
+        if item.last_modified >= oldest:
+            if attached:
+                live.add(item.name)
+        elif not attached or item.name.rpartition('.')[0] not in live:
             yield item
 
 

@@ -139,7 +139,7 @@ def parse_url(url: Any, credentials: Mapping[str, Mapping[str, Option]]) -> Back
     _refuse_lookalikes(rest)
     place, _, query = rest.partition('?')
     account, identity = _find_identity(place, credentials)
-    account_url = _read_account_url(account, scheme)
+    account_url = _read_account_url(account, scheme, identity.get('account_name'))
     name = identity.get('credential')
     if name and not account_url.startswith('https:'):
         refuse(f'{name} sends a token, which Azure takes over https only. Write an https account URL.')
@@ -234,7 +234,7 @@ def _refuse_lookalikes(text: str) -> None:
     key, equals, _ = text.partition('=')
     hint = nearest(key, CONNECTION_STRING_KEYS.values()) if equals and not re.search('[?@:/.]', key) else ''
     if hint:
-        refuse(f'{_name(key, "what stands before the =")} is no key of a connection string{hint}')
+        refuse(f'{_name(key, "what stands before the =")} is not a key of a connection string{hint}')
     if ';' in text.partition('?')[0]:
         refuse('a ; stands in connection strings only, and the first key here is none that Azure Storage knows. '
                'Options follow a ? and are separated by &.')
@@ -302,7 +302,7 @@ def _read_key(key: str) -> str:
     refuse('the account key is not base64. Copy it whole, with the = at its end.')
 
 
-def _read_account_url(text: str, default_scheme: str) -> str:
+def _read_account_url(text: str, default_scheme: str, account_name: str | None = None) -> str:
     """Return an account URL as ``http(s)://…`` without a slash at its end."""
     if not text:
         refuse('the account URL is missing.')
@@ -322,7 +322,7 @@ def _read_account_url(text: str, default_scheme: str) -> str:
                    'Write that, or https://ACCOUNT.blob.core.windows.net.')
         host = f'{host}.blob.core.windows.net'
     _check_host(host)
-    path = _check_path(host, port, path)
+    path = _check_path(host, port, path, account_name)
     return f'{(scheme or default_scheme).lower()}://{host}{":" + port if port else ""}{path}'
 
 
@@ -344,11 +344,12 @@ def _is_ip_address(host: str) -> bool:
     return host.startswith('[') == (version == 6)
 
 
-def _check_path(host: str, port: str | None, path: str) -> str:
+def _check_path(host: str, port: str | None, path: str, account_name: str | None) -> str:
     """Return the path of an account URL: the account's name where the host does not hold it, else nothing."""
     segments = [segment for segment in path.split('/') if segment]
     local = _is_ip_address(host) or '.' not in host
-    path_style = local or ('.blob.' not in host and (port is not None or segments[:1] == [DEVELOPMENT_ACCOUNT]))
+    named = segments[:1] == [account_name] if account_name else port is not None
+    path_style = local or ('.blob.' not in host and (named or segments[:1] == [DEVELOPMENT_ACCOUNT]))
     if local and not segments:
         refuse('the account name is missing. An account of Azure is written https://ACCOUNT.blob.core.windows.net, '
                'and one of an emulator http://HOST:PORT/ACCOUNT_NAME.')
@@ -407,7 +408,7 @@ def _refuse_option(
     if word.replace('_', '') in MISPLACED:
         refuse(MISPLACED[word.replace('_', '')])
     hint = nearest(word, known)
-    refuse(f'{_name(name, "what follows the ?")} is no option{hint}' if hint
+    refuse(f'{_name(name, "what follows the ?")} is not an option{hint}' if hint
            else f'unknown option. Known are: {", ".join(sorted(known))}.')
 
 
@@ -415,7 +416,7 @@ def _read_connection_string(url: str, text: str) -> BackendURL:
     values = _split_connection_string(text)
     if values.get('UseDevelopmentStorage', '').lower() == 'true':
         return _development_storage(url, values)
-    account_url = _read_account_url(*_find_endpoint(values))
+    account_url = _read_account_url(*_find_endpoint(values), values.get('AccountName'))
     key, sas = values.get('AccountKey'), _find_sas(values)
     if key and sas:
         refuse('two identities at once: a connection string holds either an AccountKey or a SharedAccessSignature.')
@@ -432,8 +433,10 @@ def _split_connection_string(text: str) -> dict[str, str]:
         name = CONNECTION_STRING_KEYS.get(key.lower())
         if not name:
             hint = nearest(key, CONNECTION_STRING_KEYS.values())
-            refuse(f'{_name(key, "what stands before an =")} is no key of a connection string{hint}' if hint
-                   else 'the connection string has a part that is no KEY=VALUE that Azure Storage knows.')
+            if key.lower().removeprefix(f'{SCHEME}_') in SETTINGS:
+                refuse(f'{key} is a setting, and a connection string takes none: set azureblockblob_….')
+            refuse(f'{_name(key, "what stands before an =")} is not a key of a connection string{hint}' if hint
+                   else 'the connection string has a part that is not a KEY=VALUE which Azure Storage knows.')
         if name in values:
             refuse(f'{name} is given twice in the connection string.')
         if not value:

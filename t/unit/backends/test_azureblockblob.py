@@ -1,6 +1,7 @@
 """The backend as Celery builds and calls it, on a fake service that the real SDK talks to."""
 from __future__ import annotations
 
+import copy
 import pickle
 import sys
 import threading
@@ -183,6 +184,17 @@ class test_secrets:
 
     def test_a_pickled_result_holds_no_key(self, azure_app):
         assert KEY.encode() not in pickle.dumps(azure_app.AsyncResult('id'))
+
+
+class test_copies:
+
+    @pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy])
+    def test_of_results_are_read_where_the_result_is(self, azure_app, copied):
+        azure_app.backend.store_result('id', 'value', states.SUCCESS)
+        result = azure_app.AsyncResult('id')
+        assert copied(result).get(timeout=10) == 'value'
+        assert copied(azure_app.GroupResult('group', [result])).results[0].get(timeout=10) == 'value'
+        assert copied(azure_app.backend) is azure_app.backend
 
 
 class test_pickling:

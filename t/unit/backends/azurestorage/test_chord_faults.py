@@ -18,7 +18,7 @@ from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 
 from celery import chain, group, signals, states
 from celery.app.task import Context
-from celery.backends.azurestorage import chordend, chordlog, chords
+from celery.backends.azurestorage import chordend, chordlog, chordpart, chords
 from celery.backends.azurestorage.client import close_clients
 from celery.exceptions import TaskRevokedError
 from celery.worker.state import revoked
@@ -316,6 +316,38 @@ class test_lost_and_late_requests:
         worker.run()
         assert worker.calls == []
         assert 'is over, or has expired' in caplog.text
+
+    def test_the_log_does_not_expire_if_that_is_wished(self, make_worker, fake_service):
+        worker = make_worker(result_chord_expires=0, result_expires=3600)
+        fake_service.now -= 100 * 24 * 3600
+        _, messages = worker.start(worker.echoes(2))
+        worker.execute(messages[0])
+        fake_service.now += 100 * 24 * 3600
+        worker.app.backend.cleanup()
+        worker.execute(messages[1])
+        worker.run()
+        assert worker.calls == [[0, 1]]
+
+    def test_a_large_result_lasts_as_long_as_the_log(self, worker, fake_service):
+        _, messages = worker.start([worker.tasks.echo.s('x' * chordpart.MAX_BLOCK), *worker.echoes(2)])
+        fake_service.now -= 8 * 24 * 3600
+        worker.execute(messages[0])
+        fake_service.now += 2 * 24 * 3600
+        worker.execute(messages[1])
+        fake_service.now += 6 * 24 * 3600
+        worker.app.backend.cleanup()
+        assert len(logs(fake_service)) == 2
+        worker.execute(messages[2])
+        worker.run()
+        assert worker.calls == [['x' * chordpart.MAX_BLOCK, 0, 1]]
+
+    def test_a_large_result_expires_with_its_log(self, worker, fake_service):
+        _, messages = worker.start([worker.tasks.echo.s('x' * chordpart.MAX_BLOCK), *worker.echoes(2)])
+        fake_service.now -= 8 * 24 * 3600
+        worker.execute(messages[0])
+        fake_service.now += 8 * 24 * 3600
+        worker.app.backend.cleanup()
+        assert logs(fake_service) == []
 
     def test_the_log_lasts_longer_than_results(self, make_worker, fake_service):
         worker = make_worker(result_expires=3600)

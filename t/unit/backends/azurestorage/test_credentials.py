@@ -472,6 +472,15 @@ class test_ConfiguredCredential:
         built = build_credential(backend._parsed_url, backend._settings['credential'], logger)
         assert built.credential is CREDENTIAL
 
+    def test_what_a_callable_raises_is_not_repeated_since_it_may_hold_a_secret(self):
+        def fail():
+            raise RuntimeError('secret')
+
+        backend = make_backend(credential=fail)
+        with pytest.raises(ImproperlyConfigured, match='fail.* raised RuntimeError') as caught:
+            build_credential(backend._parsed_url, backend._settings['credential'], logger)
+        assert 'secret' not in str(caught.value)
+
     @pytest.mark.parametrize(('configured', 'cls'), [
         (Credential, Credential), (OldCredential, OldCredential), (f'{__name__}.OldCredential', OldCredential),
         ('azure.identity.AzurePowerShellCredential', identity.AzurePowerShellCredential),
@@ -706,6 +715,12 @@ class test_SharedCredential:
         with pytest.raises(TokenError) as caught:
             SharedCredential(Credential(error)).get_token_info(SCOPE)
         assert caught.value.__cause__ is error
+
+    @pytest.mark.parametrize('credential', [
+        Credential(None), SimpleNamespace(get_token=lambda *scopes, **kwargs: None)])
+    def test_a_credential_that_gives_no_token_is_one_that_fails(self, credential):
+        with pytest.raises(TokenError):
+            SharedCredential(credential).get_token_info(SCOPE)
 
     def test_the_end_of_the_process_is_no_failure(self):
         credential = Credential(KeyboardInterrupt(), make_token('token'))
