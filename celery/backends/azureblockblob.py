@@ -31,14 +31,14 @@ logger = get_logger(__name__)
 #: The first pause of a client that waits for a result, in seconds; each further one is twice as long.
 FIRST_PAUSE = 0.01
 
-#: How often a result is written against others who write it too, before their number is taken for a fault.
+#: How many conflicting writes of a result are retried; more than this is a fault, not contention.
 MAX_ROUNDS = 100
 
 #: How long the log of a chord is kept if `result_chord_expires` is not set, in seconds: far longer than results,
 #: since a chord that waits for its last part must not lose the others.
 CHORD_LOG_EXPIRES = 7 * 24 * 60 * 60
 
-#: Begins a compressed result, whatever its serializer; no serializer's own output begins so.
+#: The first byte of a compressed result; no text serializer's output begins with it.
 COMPRESSED = b'\x00'
 
 
@@ -46,7 +46,8 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
     """Task results in a container of Azure Blob Storage, a blob each.
 
     Arguments:
-        url: Where the account is and who asks; see :mod:`celery.backends.azurestorage.url` for its forms.
+        url: The backend's URL, with the storage account and the credential; for its forms see
+            :mod:`celery.backends.azurestorage.url`.
         container_name: Name of the container; it wins over URL and configuration.
 
     Raises:
@@ -90,7 +91,7 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
 
     def __reduce__(self, args=(), kwargs=None):
         # The app's own URL may hold a key: whoever unpickles has an app, and reads the URL there.
-        own = {'use_app_url': True} if _handed_over(self.url) == _url_of(self.app) else {'url': self.url}
+        own = {'use_app_url': True} if _without_alias(self.url) == _url_of(self.app) else {'url': self.url}
         kwargs = dict(kwargs or {}, expires=self.expires, container_name=self._settings['container_name'], **own)
         return unpickle_backend, (_BackendClass(type(self)), args, kwargs)
 
@@ -228,15 +229,15 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         Arguments:
             task_id: The task's id.
             timeout: The longest wait, in seconds.
-            interval: The longest pause between two looks, in seconds; the first ones are shorter.
-            no_ack: Of no effect here.
+            interval: The longest pause between two polls, in seconds; the first ones are shorter.
+            no_ack: Ignored.
             on_interval: Called before each pause.
 
         Raises:
             celery.exceptions.TimeoutError: if the task has no result after `timeout` seconds.
         """
         self._ensure_not_eager()
-        for _ in _looks(timeout, interval, on_interval):
+        for _ in _polls(timeout, interval, on_interval):
             meta = self.get_task_meta(task_id)
             if meta['status'] in states.READY_STATES:
                 break
@@ -250,11 +251,11 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         Arguments:
             task_ids: The tasks' ids.
             timeout: The longest wait, in seconds.
-            interval: The longest pause between two looks, in seconds; the first ones are shorter.
-            no_ack: Of no effect here.
+            interval: The longest pause between two polls, in seconds; the first ones are shorter.
+            no_ack: Ignored.
             on_message: Called with each meta-data that is read.
             on_interval: Called before each pause.
-            max_iterations: How often to look at the most.
+            max_iterations: The largest number of polls.
             READY_STATES: States to wait for.
 
         Raises:
@@ -268,7 +269,7 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
                 yield task_id, meta
         if not waiting:
             return
-        for _ in _looks(timeout, interval, on_interval, max_iterations):
+        for _ in _polls(timeout, interval, on_interval, max_iterations):
             ids = list(waiting)
             values = self.mget([self.get_key_for_task(task_id) for task_id in ids])
             for task_id, meta in self._mget_to_results(values, ids, READY_STATES).items():
@@ -313,7 +314,7 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         return True
 
     def set_chord_size(self, group_id, chord_size):
-        """Take note of how many parts a chord has whose header is a generator."""
+        """Record the number of parts of a chord whose header is a generator."""
         self._chords.set_size(group_id, chord_size)
 
     def on_chord_part_return(self, request, state, result, **kwargs):
@@ -368,19 +369,19 @@ class _BackendClass:
     def __reduce__(self):
         if self.cls is AzureBlockBlobBackend:
             return by_name, (SCHEME,)
-        return _identity, (self.cls,)
+        return _itself, (self.cls,)
 
 
-def _identity(value):
+def _itself(value):
     return value
 
 
 def _url_of(app):
     """Return the URL of an app's own backend, as Celery hands it to the backend."""
-    return _handed_over(app.backend_cls or app.conf.result_backend)
+    return _without_alias(app.backend_cls or app.conf.result_backend)
 
 
-def _handed_over(url):
+def _without_alias(url):
     scheme = url.partition('://')[0] if isinstance(url, str) else ''
     return url.partition('+')[2] if '+' in scheme else url
 
@@ -400,20 +401,20 @@ def _is_repeated(request):
     return bool(request.retries or (request.delivery_info or {}).get('redelivered'))
 
 
-def _looks(timeout, interval, on_interval, max_iterations=None):
-    """Yield each time to look for results: at once, after 10 ms, then twice as long, up to `interval` seconds.
+def _polls(timeout, interval, on_interval, max_iterations=None):
+    """Yield each time to poll for results: at once, after 10 ms, then twice as long, up to `interval` seconds.
 
     Raises:
-        celery.exceptions.TimeoutError: if the caller still looks after `timeout` seconds.
+        celery.exceptions.TimeoutError: if the caller still polls after `timeout` seconds.
     """
     interval = 0.5 if interval is None else interval
     deadline = None if timeout is None else time.monotonic() + timeout
     pause = min(FIRST_PAUSE, interval)
-    looks = 0
+    polls = 0
     while True:
         yield
-        looks += 1
-        if max_iterations and looks >= max_iterations:
+        polls += 1
+        if max_iterations and polls >= max_iterations:
             return
         remaining = interval if deadline is None else deadline - time.monotonic()
         if deadline is not None and remaining <= 0:

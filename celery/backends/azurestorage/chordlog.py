@@ -3,17 +3,17 @@
 Append Block is atomic and returns the number of blocks, so that one request both stores and counts a part. A log
 whose parts are all there is leased by whoever starts the chord's body, and deleted once the body is on its way.
 
-What may happen to a log, and why no part is lost and no body started twice:
+What may happen to a log, why no part is lost, and when a body may start twice:
 
 * A block is appended twice, since an answer was lost or a part delivered twice: readers take the first record of a
-  part and count distinct parts; the number of blocks only says when it is worth to look.
+  part and count distinct parts; the number of blocks only says when the log is worth reading.
 * A request arrives after its sender has given up on it: a block is one that comes twice, or finds no log; a claim
   carries the ETag that was read, and so never fits another log; a late Create Blob leaves an empty log behind.
 * Two workers see the last part: both have read the same log, and a lease is given to one.
 * The log grows between read and claim: the claim's ETag does not fit, and the log is read again.
 * Someone dies with the lease: it lapses, and whoever waits for it, or reports a part again, gets it.
-* Only a complete log is claimed (or a full one, whose chord fails), and a claimed one takes no blocks: who cannot
-  append has nothing to add.
+* Only a complete log is claimed (or a full one, whose chord fails), and a claimed one takes no blocks: a
+  worker that cannot append has nothing to add that is missing.
 * The lease lapses before the body is out: its holder renews it first, and stops if that fails or takes too long.
 * It lapses afterwards, and the service cannot be reached: then, and when the holder is killed before it has deleted
   the log, whoever claims it next starts the body again, under the same task id.
@@ -51,7 +51,7 @@ LEASE_DURATION = 20
 #: How often a lease is renewed, in seconds: two renewals may fail before it lapses.
 RENEW_INTERVAL = 6
 
-#: How long an operation that must not fail is repeated, in seconds: as long as most outages of a storage node.
+#: How long an operation that must not fail is retried, in seconds, so that a short outage loses no chord.
 PATIENCE = 300
 
 #: Metadata of a log whose chord's size was not known when it was created.
@@ -353,7 +353,7 @@ def pauses() -> Iterator[float]:
 
 
 def patiently(operation: Callable[[], T]) -> T:
-    """Return what `operation` returns; repeat it while the service, or a token for it, is not to be had.
+    """Return what `operation` returns; repeat it while the service, or a token for it, is unavailable.
 
     Raises:
         azure.core.exceptions.AzureError: after `PATIENCE` seconds, or at once if waiting does not help.

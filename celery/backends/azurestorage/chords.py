@@ -101,7 +101,7 @@ class ChordRunner:
         block = Record(GROWTH, [task_id]).to_bytes()
         try:
             patiently(lambda: log.append(block))
-        except (Gone, Leased):  # of all running parts, only one that came twice can find its chord so
+        except (Gone, Leased):  # only a part that was delivered again can find its chord like that
             logger.warning('Chord %s is over, or has expired, and does not wait for %s.', chord_id, task_id)
 
     def report(self, request: Any, state: str, result: Any) -> None:

@@ -69,7 +69,7 @@ CLIENT_SETTINGS = (
 #: urllib3 warns of each connection that it has no place for.
 CONNECTIONS_KEPT = 100
 
-#: How many tasks a process may have begun whose next state it writes without a read first.
+#: How many ETags of unfinished states a process remembers, so that the next state is written without a read.
 UNFINISHED_KEPT = 1000
 
 logger = get_logger(__name__)
@@ -177,7 +177,7 @@ class AccountClient:
         self.identity = _describe(url, settings['credential'])
         self.max_attempts: int = settings['retry_max_attempts']
         self.retry_policy = _retry_policy(settings)
-        self._configured = settings['credential']  # kept, so that its id stands for nothing else
+        self._configured = settings['credential']  # kept alive: its id is in the key
         self._credential = None if url.account_key or url.sas else build_credential(
             url, self._configured, request_logger, settings['read_timeout'])
         self._service = _build_service(url, settings, self._credential, self.retry_policy)

@@ -93,7 +93,9 @@ def error_code(exc: BaseException) -> str:
 
 
 def explain(exc: BaseException, identity: Identity, place: str) -> BaseException | None:
-    """Return an exception of the same kind that says what to do, or None if there is nothing to add.
+    """Return an exception that says what to do, or None if there is nothing to add.
+
+    It is of the same class; for a :exc:`.TokenError`, of the class that the credential raised.
 
     Arguments:
         exc: What the SDK raised.
@@ -104,8 +106,8 @@ def explain(exc: BaseException, identity: Identity, place: str) -> BaseException
         cause = exc.__cause__ or exc
         return _retell(
             cause if isinstance(cause, core.AzureError) else core.ClientAuthenticationError(str(cause)),
-            f'{identity.name} gave no token for {place}. Check its options and its environment variables, '
-            'and that its sign-in service can be reached from here')
+            f'{identity.name} could not get a token for {place}. Check its options and its environment variables, '
+            'and that its identity endpoint or authority host can be reached from here')
     advice = _advice(exc, identity, place)
     return _retell(exc, advice) if advice else None
 
@@ -113,8 +115,8 @@ def explain(exc: BaseException, identity: Identity, place: str) -> BaseException
 def _advice(exc: BaseException, identity: Identity, place: str) -> str:
     status, code = getattr(exc, 'status_code', None), error_code(exc)
     if _is_certificate_error(exc):
-        return (f'The certificate of {place} is refused. It must be made for this host, by an authority that is '
-                'trusted here; REQUESTS_CA_BUNDLE names a file of such authorities')
+        return (f'The TLS certificate of {place} was rejected. It must be valid for this host and issued by a CA '
+                'that is trusted here; REQUESTS_CA_BUNDLE can name a file with further CA certificates')
     if isinstance(exc, core.ServiceRequestError):
         return f'Cannot connect to {place}. Check the account URL, the network and its proxy settings'
     if status in TEMPORARY_STATUSES or is_temporary(exc):
@@ -122,11 +124,11 @@ def _advice(exc: BaseException, identity: Identity, place: str) -> str:
     if isinstance(exc, core.DecodeError) or (status is not None and not code) or code == 'ResourceNotFound':
         return f'What answers at {place} is not the blob service of this account. Check the account URL'
     if status == 401:
-        return f'{place} does not accept who asks: {identity.name}. Check its tenant and the account URL'
+        return f'{place} rejected {identity.name}. Check its tenant and the account URL'
     if status == 403 and code in ('AuthenticationFailed', 'InvalidAuthenticationInfo'):
-        return f'{place} does not accept who asks: {identity.name}. Check its secret, and this machine\'s clock'
+        return f'{place} rejected {identity.name}. Check its secret, and this machine\'s clock'
     if status == 403:
-        return (f'{identity.name} may not do this in {place}. {identity.need}. '
+        return (f'{identity.name} is not authorized for this operation in {place}. {identity.need}. '
                 'The account\'s network rules may also keep this machine out')
     return ''
 

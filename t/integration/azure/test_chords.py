@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -340,6 +341,18 @@ class test_a_service_that_fails:
         wait_until(lambda: logs(container) == [], 'the end of the log', TIMEOUT)
         assert project.bodies == [[0, 1]]
 
+    def test_that_throttles_all_parts_for_half_a_minute(self, project, worker, container):
+        project.proxy.on(answer(503, 'ServerBusy'), **APPEND)
+        result = project.start(project.echoes(2))
+        begun = time.monotonic()
+        wait_until(lambda: time.monotonic() > begun + 30, 'half a minute', TIMEOUT)
+        assert appends(project.proxy, 503) > 2
+        assert project.bodies == []
+        project.proxy.clear()
+        assert result.get(timeout=TIMEOUT) == [0, 1]
+        wait_until(lambda: logs(container) == [], 'the end of the log', TIMEOUT)
+        assert project.bodies == [[0, 1]]
+
     @pytest.mark.parametrize('request_', [APPEND, LEASE, DELETION], ids=['append', 'claim', 'deletion'])
     def test_whose_answer_is_lost(self, project, worker, container, request_):
         project.proxy.on(lose(), **request_, times=1)
@@ -408,6 +421,15 @@ class test_workers_of_both_kinds:
             assert result.get(timeout=TIMEOUT) == list(range(20))
             assert 'echo[' in released.log
         assert project.bodies == [list(range(20))]
+
+    def test_a_counted_chord_ends_though_a_polled_one_in_it_fails(self, make_chord_project):
+        project = make_chord_project(azureblockblob_native_chords=False)
+        fail = project.app.signature(project.task('fail').si('bad luck'))
+        inner = chain(project.sign('echo', 1), group(fail, project.sign('echo')), project.sign('echo'))
+        with project.worker() as worker:
+            project.app.conf.azureblockblob_native_chords = True
+            assert 'Dependency' in project.wait_for_error(project.start([project.sign('echo', 0), inner]))
+            assert 'chord_unlock' in worker.log
 
     def test_a_counted_chord_waits_for_ever_for_a_part_that_runs_on_released_celery(
             self, project, azurite, container_name, container):

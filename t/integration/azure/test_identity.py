@@ -267,7 +267,7 @@ class test_DefaultAzureCredential:
         assert (len(identity.requests), len(azure_cli.calls)) == (0, 1)
 
     def test_nobody_answers(self, connect, no_managed_identity, commands):
-        with fails(ClientAuthenticationError, 'DefaultAzureCredential gave no token', 'EnvironmentCredential',
+        with fails(ClientAuthenticationError, 'DefaultAzureCredential could not get a token', 'EnvironmentCred',
                    'WorkloadIdentityCredential', 'ManagedIdentityCredential', 'AzureCliCredential'):
             store_and_read(connect('DefaultAzureCredential'))
 
@@ -414,5 +414,5 @@ class test_many_threads_at_once:
         app = Celery('test', set_as_current=False, backend=url_for('ManagedIdentityCredential'))
         errors = self.store_in_threads(app)
         assert len(errors) == self.THREADS
-        assert all('ManagedIdentityCredential gave no token' in str(error) for error in errors)
+        assert all('ManagedIdentityCredential could not get a token' in str(error) for error in errors)
         assert len(identity.requests) == 1

@@ -246,7 +246,7 @@ class test_always_retry:
     def test_a_lasting_fault_is_raised_at_once(self, make_backend, fake_service, pauses):
         backend = make_backend(result_backend_always_retry=True)
         fake_service.on(answer=(403, 'AuthorizationPermissionMismatch'))
-        with pytest.raises(Exception, match='may not do this'):
+        with pytest.raises(Exception, match='is not authorized'):
             backend.store_result('id', 1, states.SUCCESS)
         assert pauses == []
 

@@ -302,7 +302,7 @@ class test_explain:
         cause = azure.identity.CredentialUnavailableError(message='No managed identity endpoint found.')
         told = explain(self.token_error(cause), MANAGED, PLACE)
         assert type(told) is azure.identity.CredentialUnavailableError
-        for words in ('ManagedIdentityCredential (client_id=1234) gave no token', PLACE,
+        for words in ('ManagedIdentityCredential (client_id=1234) could not get a token', PLACE,
                       'Check its options and its environment variables', 'No managed identity endpoint found.'):
             assert words in str(told)
         assert not is_temporary(told)
