@@ -1,6 +1,7 @@
 """Task results in Azure Blob Storage."""
 from __future__ import annotations
 
+import sys
 import time
 from importlib import import_module
 
@@ -327,6 +328,8 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         That is what a body leads to which is a chord, or a chain that ends with a chord or group; and the chord that
         the body is a part of.
         """
+        if exc is None:
+            exc = sys.exc_info()[1]
         try:
             return super().chord_error_from_stack(callback, exc)
         finally:

@@ -6,6 +6,8 @@ them. Each imports only those below it::
     expiry          deleting what has expired
     chords          what starts a chord, and what each of its parts does when it has finished
     chordend        starting the body when all parts are there, once
+    chordpart       adding a finished part to the log of its chord
+    chordmessage    what the messages of a chord say of it
     chordheader     what the log of a chord says of its parts
     chordlog        the log of a chord, an append blob
     client          one BlobServiceClient per process, account and identity

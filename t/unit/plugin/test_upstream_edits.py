@@ -51,8 +51,11 @@ class test_settings:
             name: (setting.default, setting.kind) for name, setting in SETTINGS.items()}
 
     def test_leave_all_other_lines_as_they_are(self, edited):
-        new = [line for line in edited.splitlines() if line not in inspect.getsource(defaults).splitlines()]
+        before, after = (source.splitlines() for source in (inspect.getsource(defaults), edited))
+        new = [line for line in after if line not in before]
+        assert new
         assert all(re.match(r'        \w+=Option\(', line) for line in new)
+        assert all(re.match(r'        \w+=Option\(', line) for line in before if line not in after)
 
     def test_need_the_namespace_of_the_backend(self):
         with pytest.raises(edits.PlaceNotFound, match='0 places, not 1'):

@@ -473,7 +473,8 @@ class test_the_main_process:
         with worker.main_process():
             worker.app.backend.mark_as_revoked(request.id, request=request, store_result=False)
             free.set()
-        assert reporters != [threading.current_thread()]
+        [reporter] = reporters
+        assert reporter is not threading.current_thread()
 
     def test_does_not_wait_for_a_log_that_is_claimed(self, worker, fake_service):
         _, [message] = worker.start(worker.echoes(1))
