@@ -157,10 +157,11 @@ class ChordRunner:
         with self._lock:
             if self._reporters is None:
                 self._reporters = ThreadPoolExecutor(REPORT_THREADS, f'{THREAD}-report')
-                worker_shutdown.connect(self._finish_reports, weak=False)
+                # A function of its own: up to Celery 5.6, a signal takes methods of different objects for the same.
+                worker_shutdown.connect(lambda **kwargs: self._finish_reports(), weak=False)
             self._reporters.submit(self._report_or_log, *report)
 
-    def _finish_reports(self, **kwargs: Any) -> None:
+    def _finish_reports(self) -> None:
         """Wait for all reports. Python would wait at its end too, but does not let them start threads there."""
         with self._lock:
             reporters, self._reporters = self._reporters, None

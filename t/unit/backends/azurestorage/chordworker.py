@@ -74,7 +74,8 @@ class ChordWorker:
         return messages
 
     def request(self, message: Message) -> Request:
-        """Return the request that the worker's main process makes of a message."""
+        """Return the request that the worker's main process makes of a message, as it came from the broker."""
+        message._decoded_cache = None
         return Request(message, app=self.app)
 
     def execute(self, message: Message) -> None:

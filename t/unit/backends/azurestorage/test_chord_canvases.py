@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip('azure.storage.blob')
 
-from celery import chain, chord, group, states
+from celery import chain, chord, group, states, version_info
 from celery.result import GroupResult
 
 from .chordworker import MANY, logs
@@ -151,6 +151,8 @@ class test_a_random_canvas:
 
     @pytest.mark.parametrize('failures', [0, 0.15])
     def test_ends_as_a_polled_one(self, worker, make_worker, fake_service, seed, failures):
+        if version_info < (5, 6):
+            pytest.skip('There Celery numbers all parts alike of a chord that takes the place of a task.')
         run = Run(worker, seed, failures)
         polled = Run(make_worker(azureblockblob_native_chords=False), seed, failures)
         if states.PENDING not in dict(polled.outcome):  # Celery itself forgets some canvases

@@ -16,7 +16,7 @@ from azure.core.exceptions import ClientAuthenticationError
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 
-from celery import chain, group, signals, states
+from celery import chain, group, signals, states, version_info
 from celery.app.task import Context
 from celery.backends.azurestorage import chordend, chordlog, chordpart, chords
 from celery.backends.azurestorage.client import close_clients
@@ -117,7 +117,11 @@ class test_a_worker_that_is_killed:
             lapse(fake_service)
             lost.on_failure(worker_lost())
         worker.run()
-        assert worker.calls == [[0]]
+        logged = operation != 'Append Block' or answered
+        if logged or version_info >= (5, 7):
+            assert worker.calls == [[0]]
+        else:  # Celery does not see that the part has succeeded
+            assert 'WorkerLostError' in worker.failure(result)
         assert worker.outcome(result.parent.results[0]) == (states.SUCCESS, 0)
         assert logs(fake_service) == []
 

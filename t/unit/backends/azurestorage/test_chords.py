@@ -16,6 +16,7 @@ from kombu.exceptions import OperationalError
 from celery import chain, chord, group, signals, states, version_info
 from celery.app.task import Context
 from celery.backends.azurestorage import chordlog, chordpart, chords
+from celery.backends.base import Backend
 from celery.result import GroupResult
 
 from .chordworker import killed, lapse, logs
@@ -215,7 +216,9 @@ class test_the_body:
         lambda t: [t.echo.s(1)],
         lambda t: [t.echo.s(1), chord([t.echo.s(1)], group())],
     ], ids=['flat', 'nested'])
-    def test_may_be_empty(self, worker, fake_service, header):
+    def test_may_be_empty(self, worker, fake_service, header, request):
+        if version_info < (5, 7) and 'nested' in request.node.callspec.id:
+            pytest.skip('There Celery cannot start such a chord, nor poll it.')
         worker.finish(header(worker.tasks), group())
         assert logs(fake_service) == []
 
@@ -469,6 +472,8 @@ class test_failures:
     ], ids=['chord', 'chord with a chain', 'chain that ends with a group', 'group with a chord'])
     @pytest.mark.parametrize('native_chords', [True, False])
     def test_end_all_that_waits_for_a_body_of_several_tasks(self, make_worker, make_body, native_chords):
+        if not hasattr(Backend, '_handle_group_chord_error'):
+            pytest.skip('This release of Celery forgets groups that are bodies.')
         worker = make_worker(azureblockblob_native_chords=native_chords)
         result = worker.finish([worker.tasks.fail.s()], make_body(worker.tasks))
         ends = result.results if isinstance(result, GroupResult) else [result]
