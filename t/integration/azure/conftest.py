@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from t.services.azurite import ROOT
 from t.services.broker import broker_settings
+from t.services.faults import FaultProxy
 from t.services.worker import Worker
 
 from . import app as app_module
@@ -34,16 +36,30 @@ class Project:
         return self.app.tasks[f'{app_module.__name__}.{name}']
 
     @contextmanager
-    def worker(self, pool: str = 'prefork', concurrency: int = 2, **options) -> Iterator[Worker]:
+    def worker(self, pool: str = 'prefork', concurrency: int = 2, module: str = app_module.__name__,
+               environ: Mapping[str, str] = MappingProxyType({}), **options) -> Iterator[Worker]:
         """Run a worker; for options see :class:`.Worker`. It is killed in the end, which is quicker than to ask."""
-        worker = Worker(app_module.__name__, self.directory, pool=pool, concurrency=concurrency, cwd=ROOT,
-                        environ={'AZURE_TESTS_SETTINGS': str(self._settings_file)}, **options)
+        worker = Worker(module, self.directory, pool=pool, concurrency=concurrency, cwd=ROOT,
+                        environ={'AZURE_TESTS_SETTINGS': str(self._settings_file), **environ}, **options)
         worker.start()
         try:
             yield worker
         finally:
             worker.kill()
             print(worker.log[-5000:])  # pytest shows it when the test fails
+
+
+@pytest.fixture
+def proxy(azurite):
+    """A proxy before Azurite that hands everything on, until a test adds rules."""
+    with FaultProxy(azurite.account_url, azurite.certificates) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxied_url_for(url_for, azurite, proxy):
+    """Return a function like `url_for`'s, for URLs that lead through the proxy."""
+    return lambda *args, **options: url_for(*args, **options).replace(azurite.account_url, proxy.account_url)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 
@@ -17,11 +16,9 @@ import pytest
 from celery import chain, chord, group, states
 from celery.backends.azurestorage.chordlog import PART, Record
 from celery.exceptions import ChordError
-from t.services.azurite import ROOT
-from t.services.faults import FaultProxy, Hold, answer, lose
+from t.services.faults import Hold, answer, lose
 from t.services.fixtures import give_up
 from t.services.service import wait_until
-from t.services.worker import Worker
 
 from . import chordtasks
 from .conftest import Project
@@ -92,18 +89,10 @@ class ChordProject(Project):
             if delivered['headers'].get('id') == task_id:
                 shutil.move(file, options['data_folder_in'])
 
-    @contextmanager
     def released_worker(self, azurite, container_name):
         """Run a worker on Celery's own module."""
-        worker = Worker(f'{__package__}.released_app', self.directory, cwd=ROOT, name='released', environ={
-            'AZURE_TESTS_SETTINGS': str(self._settings_file), 'AZURE_TESTS_CONTAINER': container_name,
-            'AZURE_TESTS_CONNECTION_STRING': azurite.connection_string})
-        worker.start()
-        try:
-            yield worker
-        finally:
-            worker.kill()
-            print(worker.log[-5000:])
+        return self.worker(module=f'{__package__}.released_app', name='released', environ={
+            'AZURE_TESTS_CONTAINER': container_name, 'AZURE_TESTS_CONNECTION_STRING': azurite.connection_string})
 
 
 def read_lines(file):
@@ -111,16 +100,9 @@ def read_lines(file):
 
 
 @pytest.fixture
-def proxy(azurite):
-    """A proxy before Azurite that hands everything on, until a test adds rules."""
-    with FaultProxy(azurite.account_url, azurite.certificates) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def make_chord_project(make_project, url_for, azurite, proxy):
+def make_chord_project(make_project, proxied_url_for, proxy):
     """Return a function that makes the test's project with settings of Celery."""
-    url = url_for('ManagedIdentityCredential').replace(azurite.account_url, proxy.account_url)
+    url = proxied_url_for('ManagedIdentityCredential')
     return partial(make_project, partial(ChordProject, proxy=proxy), result_backend=url)
 
 

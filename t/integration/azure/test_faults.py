@@ -27,7 +27,7 @@ from celery.backends.azureblockblob import AzureBlockBlobBackend
 from celery.backends.azurestorage.client import close_clients
 from t.services.azurite import Azurite
 from t.services.certificates import make_certificates
-from t.services.faults import FaultProxy, Hold, answer, cut, cut_within, hang, lose
+from t.services.faults import Hold, answer, cut, cut_within, hang, lose
 from t.services.service import HOST, wait_until
 from t.unit.backends.azurestorage.servicecontract import BlobServiceContract
 
@@ -74,17 +74,10 @@ def within(seconds):
 
 
 @pytest.fixture
-def proxy(azurite):
-    """A proxy before Azurite that hands everything on, until a test adds rules."""
-    with FaultProxy(azurite.account_url, azurite.certificates) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def connect_by_proxy(azurite, proxy, url_for, clean_environment):
+def connect_by_proxy(proxied_url_for, clean_environment):
     """Return a function like `connect`'s, for backends that reach Azurite through the proxy."""
     def connect(*credential, settings=None, **options):
-        url = url_for(*credential, **{**NO_PAUSES, **options}).replace(azurite.account_url, proxy.account_url)
+        url = proxied_url_for(*credential, **{**NO_PAUSES, **options})
         app = Celery('test', set_as_current=False, backend=url)
         app.conf.update(settings or {})
         return app.backend
