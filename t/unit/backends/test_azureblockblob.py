@@ -186,23 +186,25 @@ class test_secrets:
         assert KEY.encode() not in pickle.dumps(azure_app.AsyncResult('id'))
 
 
+@pytest.fixture
+def current_app(azure_app, monkeypatch):
+    """The app of copied and unpickled results."""
+    monkeypatch.setattr(_state._tls, 'current_app', azure_app)
+    return azure_app
+
+
 class test_copies:
 
     @pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy])
-    def test_of_results_are_read_where_the_result_is(self, azure_app, copied):
-        azure_app.backend.store_result('id', 'value', states.SUCCESS)
-        result = azure_app.AsyncResult('id')
+    def test_of_results_are_read_where_the_result_is(self, current_app, copied):
+        current_app.backend.store_result('id', 'value', states.SUCCESS)
+        result = current_app.AsyncResult('id')
         assert copied(result).get(timeout=10) == 'value'
-        assert copied(azure_app.GroupResult('group', [result])).results[0].get(timeout=10) == 'value'
-        assert copied(azure_app.backend) is azure_app.backend
+        assert copied(current_app.GroupResult('group', [result])).results[0].get(timeout=10) == 'value'
+        assert copied(current_app.backend) is current_app.backend
 
 
 class test_pickling:
-
-    @pytest.fixture
-    def current_app(self, azure_app, monkeypatch):
-        monkeypatch.setattr(_state._tls, 'current_app', azure_app)
-        return azure_app
 
     def test_a_pickled_result_is_read_where_it_is_unpickled(self, current_app):
         current_app.backend.store_result('id', 'value', states.SUCCESS)
