@@ -14,12 +14,11 @@ from celery import states
 from celery._state import get_current_worker_task, pop_current_task, push_current_task
 from celery.canvas import maybe_signature
 from celery.exceptions import ChordError
-from celery.utils.functional import maybe_list
 from celery.utils.log import get_logger
 
 from .chordheader import Header, Part
 from .chordlog import Changed, Claim, Gone, Leased, LeaseLost, patiently, pauses
-from .chordmessage import parts_in_outer_chord, unmark_body
+from .chordmessage import drop_errbacks, errbacks_of, parts_in_outer_chord, unmark_body
 from .chordpart import FULL, FinishedPart
 
 __all__ = ('THREAD', 'ChordEnd')
@@ -221,14 +220,9 @@ def _pause_for_claim() -> None:
 def _leave_errbacks_to_outer_chord(body: dict[str, Any]) -> None:
     """Take away the errbacks that the outer chord has too: `chord.link_error` gives them to nested chords also."""
     parts = parts_in_outer_chord(body)
-    outer = [errback for part in parts for errback in _errbacks_of(part['options']['chord'])]
+    outer = [errback for part in parts for errback in errbacks_of(part['options']['chord'])]
     for signature in (body, *parts):
-        own = [errback for errback in _errbacks_of(signature) if errback not in outer]
-        signature['options'] = {**signature['options'], 'link_error': own}
-
-
-def _errbacks_of(signature: Mapping[str, Any]) -> list[Any]:
-    return maybe_list(signature['options'].get('link_error')) or []
+        drop_errbacks(signature, outer)
 
 
 def _chord_error(message: str, cause: Any) -> ChordError:

@@ -1,14 +1,16 @@
 """What the messages of a chord say: which chord a part is counted in, and which tasks are its parts."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from celery import uuid
 from celery.app.task import Context
+from celery.utils.functional import maybe_list
 
 __all__ = (
-    'Mark', 'last_step_of', 'mark_body', 'mark_of', 'parts_in_outer_chord', 'parts_of', 'request_of', 'unmark_body')
+    'Mark', 'drop_errbacks', 'errbacks_of', 'last_step_of', 'mark_body', 'mark_of', 'parts_in_outer_chord',
+    'parts_of', 'request_of', 'unmark_body')
 
 
 class Mark(NamedTuple):
@@ -85,6 +87,17 @@ def parts_in_outer_chord(body: Any) -> list[Any]:
     for end in ends:
         end['options'] = {**outer, **end['options']}
     return [end for end in ends if mark_of(request_of(end))]
+
+
+def errbacks_of(signature: Mapping[str, Any]) -> list[Any]:
+    """Return what is to be called if a task fails."""
+    return maybe_list(signature['options'].get('link_error')) or []
+
+
+def drop_errbacks(signature: dict[str, Any], errbacks: Sequence[Any]) -> None:
+    """Take errbacks from a signature, since they are called for another one."""
+    left = [errback for errback in errbacks_of(signature) if errback not in errbacks]
+    signature['options'] = {**signature['options'], 'link_error': left}
 
 
 def parts_of(request: Any) -> Iterator[Any]:

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
+from azure.core.exceptions import AzureError
 from kombu.utils.encoding import ensure_bytes
 
-from .chordlog import PART, ChordLog, Crowded, Full, Leased, Record, patiently
+from .chordlog import PART, ChordLog, Crowded, Full, Gone, Leased, Record, patiently
 from .chordmessage import Mark
 
 __all__ = ('FULL', 'FinishedPart')
@@ -61,6 +63,11 @@ class FinishedPart:
             return FULL
         except Leased:
             return None
+        except Gone:
+            if self._payload:
+                with suppress(AzureError):  # it expires
+                    self._backend.container.delete(self._payload)
+            raise
 
     def _append_once(self) -> int:
         """Add the part: with its result, or with the name of a blob that has it, since it is large or the log is."""

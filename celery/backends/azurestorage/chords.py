@@ -20,7 +20,16 @@ from celery.utils.log import get_logger
 from .chordend import THREAD, ChordEnd
 from .chordheader import tree_of
 from .chordlog import GROWTH, TREE, Gone, Leased, Record, patiently
-from .chordmessage import Mark, last_step_of, mark_of, parts_in_outer_chord, parts_of, request_of
+from .chordmessage import (
+    Mark,
+    drop_errbacks,
+    errbacks_of,
+    last_step_of,
+    mark_of,
+    parts_in_outer_chord,
+    parts_of,
+    request_of,
+)
 from .chordpart import FinishedPart
 
 __all__ = ('MAX_PARTS', 'ChordRunner')
@@ -140,8 +149,11 @@ class ChordRunner:
         if last is None:
             for part in parts:
                 self.report(request_of(part), states.FAILURE, error)
-        else:
-            self._backend.chord_error_from_stack(maybe_signature(last, app=self._backend.app), error)
+            return
+        last = maybe_signature(last, app=self._backend.app)
+        for signature in (last, *getattr(last, 'tasks', ())):
+            drop_errbacks(signature, errbacks_of(body))  # Celery has called these
+        self._backend.chord_error_from_stack(last, error)
 
     def _in_main_process(self) -> bool:
         """Tell whether this is the main process of a worker, and there neither the thread of a task nor one of ours.
@@ -188,14 +200,14 @@ class ChordRunner:
             logger.warning(
                 'Chord %s is over, or has expired: task %s came too late for it.', mark.chord_id, request.id)
             return
-        awaited = self._awaited.get(mark.chord_run, self._known_size(mark))
+        awaited = _recall(self._awaited, mark.chord_run) or self._known_size(mark)
         if number is None or awaited is None or number >= awaited:
             awaited = ChordEnd(self._backend, part, number, lambda: self._find_size(part)).reach()
             if awaited is not None:
                 self._awaited[mark.chord_run] = awaited
 
     def _known_size(self, mark: Mark) -> int | None:
-        return self._sizes.get(mark.chord_run) if mark.chord_size is None else mark.chord_size
+        return _recall(self._sizes, mark.chord_run) if mark.chord_size is None else mark.chord_size
 
     def _find_size(self, part: FinishedPart) -> int | None:
         """Return a chord's size: from a part's message, or from the log. Of the latter, only a number is remembered.
@@ -209,3 +221,10 @@ class ChordRunner:
             if size is not None:
                 self._sizes[part.mark.chord_run] = size
         return size
+
+
+def _recall(cache: LRUCache, key: str) -> Any:
+    try:
+        return cache[key]
+    except KeyError:  # .get() asks twice, and another thread may come between
+        return None

@@ -480,6 +480,17 @@ class test_failures:
         assert [worker.outcome(end)[0] for end in ends] == [states.FAILURE] * len(ends)
         assert worker.calls == []
 
+    @pytest.mark.filterwarnings('ignore:task_allow_error_cb_on_chord_header')
+    @pytest.mark.parametrize('native_chords', [True, False])
+    def test_call_an_errback_once_that_is_linked_at_several_levels(self, make_worker, native_chords):
+        worker = make_worker(azureblockblob_native_chords=native_chords)
+        t = worker.tasks
+        canvas = chord([t.fail.s()], chord([t.collect.s()], t.collect.s()))
+        canvas.link_error(t.alarm.s())
+        canvas.apply_async(link_error=t.alarm.s())
+        worker.run()
+        assert worker.calls == ['alarm']
+
     def test_of_a_polled_chord_end_the_counted_one_around_it(self, worker, monkeypatch):
         monkeypatch.setattr(chords, 'MAX_PARTS', 2)
         t = worker.tasks
@@ -638,6 +649,12 @@ class test_large_results:
         for message in [messages[0], *messages]:
             worker.execute(message)
         worker.run()
+        assert logs(fake_service) == []
+
+    def test_that_come_after_the_end_leave_nothing(self, worker, fake_service):
+        _, [message] = worker.start(self.large(worker, 1))
+        for _ in range(2):
+            worker.execute(message)
         assert logs(fake_service) == []
 
     def test_are_stored_once_though_the_log_is_busy(self, worker, fake_service):
