@@ -28,7 +28,8 @@ loopback, and far, through a proxy that adds {round_trip:.0f} ms to each round t
 Azurite, proxy and client share, and other work to do, so that only ratios mean something: how many times as much
 released Celery took, round by round, as a median with its quartiles. Azure itself was not measured.
 
-{date}; {versions}.
+{date};
+{versions}.
 """
 
 
@@ -145,13 +146,13 @@ def page(results: Mapping[str, Any], chords: Mapping[str, Any]) -> Iterator[str]
 def chord_lines(chords: Mapping[str, Any]) -> Iterator[str]:
     """Yield the section's text and table."""
     yield 'Seconds from the start of a chord of empty parts until its body runs, on one prefork worker of 2, with'
-    yield 'Redis as broker; in parentheses, how many times as long as ours. Measured on {date}.'.format_map(chords)
+    yield 'Redis as broker; behind the colon, how many times as long as ours. Measured on {date}.'.format_map(chords)
     yield ''
     rows = []
     for size, seconds in chords['seconds'].items():
         ours = seconds['ours']
         rows.append((size, f'{statistics.median(ours):.2f}', *(
-            f'{statistics.median(seconds[name]):.2f} ({times(ratio(ours, seconds[name]))})'
+            f'{statistics.median(seconds[name]):.2f}: {times(ratio(ours, seconds[name]))}'
             for name in ('released', 'redis'))))
     yield from table(('Parts', 'Ours, s', 'Released, s', 'Redis, s'), rows)
 
