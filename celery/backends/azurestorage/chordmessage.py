@@ -34,14 +34,14 @@ def mark_body(body: dict[str, Any], size: int | None, chord_id: str) -> None:
     """
     mark = Mark(size, chord_id, uuid())._asdict()
     body.update(mark)
-    body['options'].update(mark)
+    body.setdefault('options', {}).update(mark)
 
 
 def unmark_body(body: dict[str, Any]) -> None:
     """Take the mark from a body."""
-    for field in Mark._fields:
-        body.pop(field, None)
-        body['options'].pop(field, None)
+    for place in (body, body.get('options', {})):
+        for field in Mark._fields:
+            place.pop(field, None)
 
 
 def mark_of(request: Any) -> Mark | None:
