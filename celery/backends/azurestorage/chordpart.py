@@ -71,12 +71,10 @@ class FinishedPart:
 
     def _append_once(self) -> int:
         """Add the part: with its result, or with the name of a blob that has it, since it is large or the log is."""
-        block = Record(PART, [*self._head, None], self._data).to_bytes()
-        if self._payload is None and len(block) <= MAX_BLOCK:
-            try:
-                return self.log.append(block, MAX_LENGTH)
-            except Crowded:
-                pass
         if self._payload is None:
+            block = Record(PART, [*self._head, None], self._data).to_bytes()
+            if len(block) <= MAX_BLOCK:
+                with suppress(Crowded):
+                    return self.log.append(block, MAX_LENGTH)
             self._payload = self.log.store_payload(self._data, self._backend.content_type)
         return self.log.append(Record(PART, [*self._head, self._payload]).to_bytes())

@@ -267,8 +267,9 @@ class test_DefaultAzureCredential:
         assert (len(identity.requests), len(azure_cli.calls)) == (0, 1)
 
     def test_nobody_answers(self, connect, no_managed_identity, commands):
-        with fails(ClientAuthenticationError, 'DefaultAzureCredential could not get a token', 'EnvironmentCred',
-                   'WorkloadIdentityCredential', 'ManagedIdentityCredential', 'AzureCliCredential'):
+        with fails(ClientAuthenticationError, 'DefaultAzureCredential could not get a token',
+                   'EnvironmentCredential', 'WorkloadIdentityCredential', 'ManagedIdentityCredential',
+                   'AzureCliCredential'):
             store_and_read(connect('DefaultAzureCredential'))
 
 

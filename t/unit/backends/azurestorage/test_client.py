@@ -207,7 +207,8 @@ class test_the_container:
 
     def test_that_may_not_be_made_is_an_error_that_says_so(self, backend, fake_service):
         fake_service.on('Create Container', answer=(403, 'AuthorizationPermissionMismatch'))
-        with pytest.raises(core.HttpResponseError, match=f'not auth.*{backend.container._client.container_name}'):
+        name = backend.container._client.container_name
+        with pytest.raises(core.HttpResponseError, match=f'not authorized .*{name}'):
             backend.set('a', b'x')
 
     def test_may_be_made_by_someone_else_meanwhile(self, make_backend, fake_service):
