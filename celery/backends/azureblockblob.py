@@ -10,11 +10,11 @@ from kombu.utils.encoding import bytes_to_str, ensure_bytes
 from celery import states
 from celery._state import get_current_task
 from celery.app.backends import by_name
-from celery.exceptions import ImproperlyConfigured, TimeoutError
+from celery.exceptions import ImproperlyConfigured, SoftTimeLimitExceeded, TimeoutError
 from celery.utils.log import get_logger
 
 from .azurestorage.credentials import CREDENTIAL_OPTIONS, check_identity, resolve
-from .azurestorage.options import SETTINGS, check, read_settings
+from .azurestorage.options import EXPIRES, SETTINGS, check, read_settings
 from .azurestorage.url import SCHEME, parse_url, redact
 from .base import KeyValueStoreBackend, unpickle_backend
 
@@ -78,6 +78,10 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
             given['container_name'] = check(
                 'container_name', container_name, SETTINGS['container_name'], type(self).__name__)
         self._settings = read_settings(self.app.conf, given)
+        self.expires = self._read_expiry('result_expires', kwargs.get('expires'))
+        chord_expires = self.app.conf.get('result_chord_expires')
+        self._chord_log_expires = self._read_expiry(
+            'result_chord_expires', CHORD_LOG_EXPIRES if chord_expires is None else chord_expires)
         check_identity(self._parsed_url, self._settings['credential'])
         resolve(self._settings['credential'])
         self.base_path = self._settings['base_path']
@@ -117,7 +121,7 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
     def get(self, key):
         """Return the value stored under `key`, or None. One request."""
         blob = self.container.read(self._blob_name(key))
-        return None if blob is None else self._from_blob(blob.data)
+        return self._from_blob(blob.data) if blob and blob.data else None
 
     def mget(self, keys):
         """Return the values stored under `keys`, in order; they are read in parallel. One request each."""
@@ -166,7 +170,7 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         container = self.container
         etag = container.unfinished.pop(name, None)
         if etag is None and read_first:
-            etag, done = self._find_unfinished(container, name, data)
+            etag, done = self._find_unfinished(container, name, data, state)
             if done:
                 return
         for _ in range(MAX_ROUNDS):
@@ -175,7 +179,7 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
                 break
             except client.Conflict as exc:
                 conflict = exc
-            etag, done = self._find_unfinished(container, name, data)
+            etag, done = self._find_unfinished(container, name, data, state)
             if done:
                 break
         else:
@@ -187,15 +191,29 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
         """Return the value that the bytes of a blob stand for."""
         return self.decode(self._from_blob(data))
 
-    def _find_unfinished(self, container, name, data):
-        """Return the ETag of a task's state, and whether there is nothing to write: it is `data` or a SUCCESS."""
+    def _find_unfinished(self, container, name, data, state):
+        """Return the ETag of a task's state, and whether there is nothing to write: it is `data` or a SUCCESS.
+
+        One that cannot be read is damaged, or of a worker with another serializer. It may be a SUCCESS: only a
+        finished `state` replaces it.
+        """
         blob = container.read(name)
         if blob is None:
             return None, False
         if blob.data == data:
             return blob.etag, True
-        done = bool(blob.data) and self.decode_blob(blob.data)['status'] == states.SUCCESS
+        try:
+            done = bool(blob.data) and self.decode_blob(blob.data)['status'] == states.SUCCESS
+        except SoftTimeLimitExceeded:  # of the task
+            raise
+        except Exception as exc:  # decoders raise what they like
+            done = state not in states.READY_STATES
+            logger.warning('The state in the blob %s cannot be read (%s), and %s.',
+                           name, type(exc).__name__, 'stays' if done else 'is replaced')
         return (None if done else blob.etag), done
+
+    def _read_expiry(self, name, value):
+        return check(name, self.prepare_expires(value), EXPIRES, 'Configuration')
 
     def cleanup(self):
         """Delete what has expired. Celery beat has a worker call this once a day."""
@@ -218,10 +236,8 @@ class AzureBlockBlobBackend(KeyValueStoreBackend):
             return None
         ages = {self._blob_name(prefix): expires for prefix in (self.task_keyprefix, self.group_keyprefix)}
         chord_logs = self._blob_name(self.chord_keyprefix)
-        chord_expires = self.app.conf.get('result_chord_expires')
-        chord_expires = CHORD_LOG_EXPIRES if chord_expires is None else self.prepare_expires(chord_expires)
-        if chord_expires:
-            ages[chord_logs] = max(expires, chord_expires)
+        if self._chord_log_expires:
+            ages[chord_logs] = max(expires, self._chord_log_expires)
         return expiry.delete_expired(self.container, ages, dry_run, attached=chord_logs, **kwargs)
 
     def wait_for(self, task_id, timeout=None, interval=0.5, no_ack=True, on_interval=None):

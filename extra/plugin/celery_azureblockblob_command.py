@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from celery.exceptions import ImproperlyConfigured
+
 #: What the letters behind a number stand for, in seconds.
 UNITS = {'': 1, 's': 1, 'm': 60, 'h': 60 * 60, 'd': 24 * 60 * 60}
 
@@ -39,17 +41,23 @@ def cleanup(ctx: click.Context, older_than: float | None, dry_run: bool) -> None
 
     The logs of chords are kept longer: for result_chord_expires seconds, 7 days by default.
     """
-    backend = ctx.obj.app.backend
-    if not hasattr(backend, 'delete_expired'):
-        raise click.UsageError(f'The result backend of this app is {type(backend).__name__}, not azureblockblob.')
-    from azure.core.exceptions import AzureError  # what there is of the SDK once there is a backend
     try:
-        _clean_up(backend, older_than, dry_run)
-    except AzureError as exc:
+        _clean_up(ctx.obj.app.backend, older_than, dry_run)
+    except ImproperlyConfigured as exc:
         raise click.ClickException(str(exc)) from exc
 
 
 def _clean_up(backend: Any, older_than: float | None, dry_run: bool) -> None:
+    if not hasattr(backend, 'delete_expired'):
+        raise click.UsageError(f'The result backend of this app is {type(backend).__name__}, not azureblockblob.')
+    from azure.core.exceptions import AzureError  # what there is of the SDK once there is a backend
+    try:
+        _delete_expired(backend, older_than, dry_run)
+    except AzureError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+def _delete_expired(backend: Any, older_than: float | None, dry_run: bool) -> None:
     totals = backend.delete_expired(older_than, dry_run=True)
     if totals is None:
         raise click.UsageError('Results of this app do not expire (result_expires): say --older-than.')

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from typing import Any
+from uuid import uuid4
 
 from azure.core.exceptions import AzureError
 
@@ -17,9 +18,10 @@ from celery.exceptions import ChordError
 from celery.utils.log import get_logger
 
 from .chordheader import Header, Part
-from .chordlog import Changed, Claim, Gone, Leased, LeaseLost, patiently, pauses
+from .chordlog import GRACE, Changed, Claim, Gone, Leased, LeaseLost, patiently, pauses
 from .chordmessage import drop_errbacks, errbacks_of, parts_in_outer_chord, unmark_body
 from .chordpart import FULL, FinishedPart
+from .errors import is_temporary
 
 __all__ = ('THREAD', 'ChordEnd')
 
@@ -52,6 +54,8 @@ class ChordEnd:
         self._log = part.log
         self._request = part.request
         self._awaited: float | None = None
+        self._interrupted = part.interrupted
+        self._lease_id = str(uuid4())
 
     def reach(self) -> float | None:
         """Start the body if all parts are there. Raises nothing: Celery would report the part again.
@@ -64,7 +68,11 @@ class ChordEnd:
         task = get_current_worker_task()
         thread = threading.Thread(target=copy_context().run, name=THREAD, args=(
             _call_within, task, task and task.request, self._start_patiently))
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as exc:  # the process can have no more threads
+            logger.warning('Chord %s is finished without a thread of its own: %r', self._id, exc)
+            self._start_patiently()
         while thread.is_alive():
             try:
                 thread.join()
@@ -81,8 +89,10 @@ class ChordEnd:
                 return self._start()
             except Gone:
                 return None
-            except Exception:
-                logger.exception('Chord %s could not be finished.', self._id)
+            except Exception as exc:
+                self._interrupted = True
+                logger.warning('Chord %s could not be finished; trying again: %r', self._id, exc,
+                               exc_info=not is_temporary(exc))
             pause = next(waits, None)
             if pause is None:
                 logger.critical('Chord %s was given up: its body is not started.', self._id)
@@ -103,6 +113,10 @@ class ChordEnd:
             if missing and self._number != FULL:
                 self._awaited = header.blocks + missing
                 return
+            if self._interrupted:  # whoever has started the body may not have been able to delete the log
+                self._interrupted = False
+                time.sleep(GRACE)
+                continue
             try:
                 claim = self._claim(header.etag)
             except Changed:
@@ -114,9 +128,12 @@ class ChordEnd:
         """Claim the log; wait for whoever else has claimed it until they are done, or dead."""
         while True:
             try:
-                return self._log.claim(etag)
+                claim = self._log.claim(etag, self._lease_id)
             except Leased:
                 _pause_for_claim()
+            else:
+                self._lease_id = str(uuid4())  # for the next one
+                return claim
 
     def _start_under(self, claim: Claim, header: Header, complete: bool) -> bool:
         """Start the body, or fail it, and delete the log. Return False if the claim was lost before that."""
@@ -132,9 +149,30 @@ class ChordEnd:
                 self._fail(outcome)
             else:
                 self._publish(outcome)
-            claim.delete_log(header.etag)
+            header = self._delete_log(claim, header)
         self._delete_payloads(header)
         return True
+
+    def _delete_log(self, claim: Claim, header: Header) -> Header:
+        """Delete the log, and return what it held. Raises nothing: the body must not be started again.
+
+        If the claim has lapsed meanwhile, a part that was reported again may have been added to the log.
+        """
+        try:
+            while True:
+                try:
+                    claim.delete_log(header.etag)
+                    break
+                except Changed:
+                    found = patiently(lambda: Header.read(self._log))
+                    if not set(header.parts).issubset(found.parts):  # it is another log
+                        break
+                    header = found
+        except Gone:
+            pass
+        except Exception as exc:
+            logger.warning('The log of chord %s was not deleted: %r', self._id, exc)
+        return header
 
     def _join(self, header: Header) -> list[Any] | ChordError:
         """Return what the body is called with, or the error that fails it."""

@@ -96,9 +96,9 @@ def ids_of(results: Iterable[Any]) -> Iterator[str]:
         if isinstance(result, GroupResult):
             yield from ids_of(result.results)
         else:
-            yield result.id
+            yield str(result.id)
 
 
 def tree_of(results: Iterable[Any]) -> list[Any]:
     """Return the task ids of `results`, nested as the groups among them are."""
-    return [tree_of(result.results) if isinstance(result, GroupResult) else result.id for result in results]
+    return [tree_of(result.results) if isinstance(result, GroupResult) else str(result.id) for result in results]

@@ -15,8 +15,12 @@ What may happen to a log, why no part is lost, and when a body may start twice:
 * Only a complete log is claimed (or a full one, whose chord fails), and a claimed one takes no blocks: a
   worker that cannot append has nothing to add that is missing.
 * The lease lapses before the body is out: its holder renews it first, and stops if that fails or takes too long.
-* It lapses afterwards, and the service cannot be reached: then, and when the holder is killed before it has deleted
-  the log, whoever claims it next starts the body again, under the same task id.
+* It lapses afterwards, since the service cannot be reached: the holder goes on trying to delete the log, and whoever
+  has seen that the service was away leaves it `GRACE` seconds to do so.
+* The holder is killed or frozen before it has deleted the log: whoever claims it next starts the body again, under
+  the same task id. So does one who reports a part again just when the service is back, and has not seen it away.
+
+So that they see it, requests that finish a chord are not repeated by the SDK, but here.
 """
 from __future__ import annotations
 
@@ -48,8 +52,14 @@ T = TypeVar('T')
 #: How long the claim of a dead worker keeps others waiting, in seconds. Azure gives 15 to 60 (REST: Lease Blob).
 LEASE_DURATION = 20
 
-#: How often a lease is renewed, in seconds: two renewals may fail before it lapses.
+#: How often a lease is renewed, in seconds, and how soon a renewal that failed is tried again.
 RENEW_INTERVAL = 6
+RENEW_PAUSE = 1
+
+#: The longest pause, in seconds and without jitter, between two attempts to delete a log whose body is out; and what
+#: others leave to these before they claim a log, once they have seen that the service was away.
+DELETE_PAUSE = 2
+GRACE = 5
 
 #: How long an operation that must not fail is retried, in seconds, so that a short outage loses no chord.
 PATIENCE = 300
@@ -174,10 +184,10 @@ class ChordLog:
             Gone: if there is no log.
             Leased: if all parts are there and someone is about to start the body.
         """
-        return self._append(block, maxsize_condition=limit)
+        return self._append(block, once=True, maxsize_condition=limit)
 
-    def _append(self, block: bytes, **conditions: Any) -> int:
-        answer = self._call(lambda blob: blob.append_block(block, **conditions))
+    def _append(self, block: bytes, once: bool = False, **conditions: Any) -> int:
+        answer = self._call(lambda blob, **options: blob.append_block(block, **conditions, **options), once=once)
         count, before = int(answer['blob_committed_block_count']), int(answer['blob_append_offset'])
         return count + (before + 1 - count) % STRIDE
 
@@ -187,11 +197,11 @@ class ChordLog:
         Raises:
             Gone: if there is no log.
         """
-        def download(blob: BlobClient) -> tuple[bytes, str]:
-            stream = blob.download_blob()
+        def download(blob: BlobClient, **options: Any) -> tuple[bytes, str]:
+            stream = blob.download_blob(**options)
             return stream.readall(), stream.properties.etag or ''
 
-        data, etag = self._call(download)
+        data, etag = self._call(download, once=True)
         return list(_records(data)), etag
 
     def size(self) -> int | None:
@@ -200,7 +210,8 @@ class ChordLog:
         Raises:
             Gone: if there is no log.
         """
-        size = self._call(lambda blob: blob.get_blob_properties()).metadata.get(SIZE)
+        properties = self._call(lambda blob, **options: blob.get_blob_properties(**options), once=True)
+        size = properties.metadata.get(SIZE)
         return None if size is None else int(size)
 
     def set_size(self, size: int) -> None:
@@ -218,20 +229,20 @@ class ChordLog:
         self._container.write(name, data, content_type)
         return name
 
-    def claim(self, etag: str) -> Claim:
+    def claim(self, etag: str, lease_id: str) -> Claim:
         """Lease the log. One request.
 
         Arguments:
             etag: What was read: nothing else is leased.
+            lease_id: A new id; or that of a claim without an answer, so that it finds its own lease.
 
         Raises:
             Changed: if the log has grown since.
             Gone: if there is no log.
             Leased: if someone else has it.
         """
-        lease_id = str(uuid4())  # ours, so that a repeated request finds its own lease
-        self._call(lambda blob: BlobLeaseClient(blob, lease_id).acquire(
-            LEASE_DURATION, etag=etag, match_condition=MatchConditions.IfNotModified))
+        self._call(lambda blob, **options: BlobLeaseClient(blob, lease_id).acquire(
+            LEASE_DURATION, etag=etag, match_condition=MatchConditions.IfNotModified, **options), once=True)
         return Claim(self, lease_id)
 
     def delete(self, lease_id: str, etag: str) -> None:
@@ -245,25 +256,30 @@ class ChordLog:
             Changed, Gone, Leased: if the lease has lapsed and the log has changed, is gone, or is claimed again.
         """
         try:
-            self._call(lambda blob: blob.delete_blob(lease=lease_id))
+            self._call(lambda blob, **options: blob.delete_blob(lease=lease_id, **options), once=True)
         except LeaseLost:
-            self._call(lambda blob: blob.delete_blob(etag=etag, match_condition=MatchConditions.IfNotModified))
+            self._call(lambda blob, **options: blob.delete_blob(
+                etag=etag, match_condition=MatchConditions.IfNotModified, **options), once=True)
 
-    def renew(self, lease_id: str) -> None:
+    def renew(self, lease_id: str, once: bool = False) -> None:
         """Renew a lease. One request.
+
+        Arguments:
+            lease_id: Id of the lease.
+            once: Raise at once what is raised, in place of repeating the request.
 
         Raises:
             LeaseLost: if it has lapsed and someone else holds the log, or nobody.
         """
-        self._call(lambda blob: BlobLeaseClient(blob, lease_id).renew())
+        self._call(lambda blob, **options: BlobLeaseClient(blob, lease_id).renew(**options), once=once)
 
     def release(self, lease_id: str) -> None:
         """End a lease. One request."""
         self._call(lambda blob: BlobLeaseClient(blob, lease_id).release())
 
-    def _call(self, request: Callable[[Any], T], creating: bool = False) -> T:
+    def _call(self, request: Callable[..., T], creating: bool = False, once: bool = False) -> T:
         try:
-            return self._container.call(self.name, request, creating=creating)
+            return self._container.call(self.name, request, creating, once)
         except HttpResponseError as exc:
             outcome = OUTCOMES.get(error_code(exc))
             if outcome is None:
@@ -305,25 +321,28 @@ class Claim:
 
         Arguments:
             etag: What was read under this claim.
+
+        Raises:
+            Changed: if the claim has lapsed, and the log has grown or is another one.
+            Leased: if the claim has lapsed, and someone else has claimed the log.
         """
         self._deleted = True
-        try:
-            patiently(lambda: self._log.delete(self._lease_id, etag))
-        except Gone:
-            pass  # an earlier attempt has done it
-        except Exception as exc:
-            # Nothing may be raised: the body is on its way, and must not be sent again.
-            logger.warning('The chord log %s was not deleted: %r', self._log.name, exc)
+        with suppress(Gone):  # an earlier attempt has done it
+            patiently(lambda: self._log.delete(self._lease_id, etag), DELETE_PAUSE)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep the lease within the block, and release it behind it unless the log is deleted."""
-        self._renewer.start()
+        try:
+            self._renewer.start()
+        except RuntimeError as exc:  # the process can have no more threads: the lease holds for its first term only
+            logger.warning('The claim on the chord log %s is not renewed: %r', self._log.name, exc)
         try:
             yield
         finally:
             self._ended.set()
-            self._renewer.join()
+            if self._renewer.is_alive():
+                self._renewer.join()
             if not self._deleted:
                 self._release()
 
@@ -334,31 +353,42 @@ class Claim:
             logger.warning('The claim on the chord log %s was not released, and lapses: %r', self._log.name, exc)
 
     def _renew_repeatedly(self) -> None:
-        while not self._ended.wait(RENEW_INTERVAL):
+        pause = RENEW_INTERVAL
+        while not self._ended.wait(pause):
             try:
-                self._log.renew(self._lease_id)
+                self._log.renew(self._lease_id, once=True)
+                pause = RENEW_INTERVAL
             except (Gone, Leased, LeaseLost):
                 return
             except AzureError as exc:
                 logger.warning('The claim on the chord log %s could not be renewed: %r', self._log.name, exc)
+                pause = RENEW_PAUSE
 
 
-def pauses() -> Iterator[float]:
-    """Yield growing pauses, in seconds and with jitter, that fill `PATIENCE` seconds."""
+def pauses(longest: float = 15) -> Iterator[float]:
+    """Yield growing pauses, in seconds and with jitter, that fill `PATIENCE` seconds.
+
+    Arguments:
+        longest: Where they stop growing, in seconds; jitter may add half of it.
+    """
     deadline = time.monotonic() + PATIENCE
     pause = 0.5
     while time.monotonic() < deadline:
         yield pause * random.uniform(0.5, 1.5)
-        pause = min(2 * pause, 15)
+        pause = min(2 * pause, longest)
 
 
-def patiently(operation: Callable[[], T]) -> T:
+def patiently(operation: Callable[[], T], longest: float = 15) -> T:
     """Return what `operation` returns; repeat it while the service, or a token for it, is unavailable.
+
+    Arguments:
+        operation: What to do.
+        longest: See `pauses`.
 
     Raises:
         azure.core.exceptions.AzureError: after `PATIENCE` seconds, or at once if waiting does not help.
     """
-    for pause in pauses():
+    for pause in pauses(longest):
         try:
             return operation()
         except AzureError as exc:

@@ -37,6 +37,7 @@ class FinishedPart:
     Attributes:
         log: The chord's log.
         mark, request: As given.
+        interrupted: Whether the service has failed to answer meanwhile.
     """
 
     def __init__(self, backend: Any, mark: Mark, request: Any, state: str, result: Any) -> None:
@@ -44,7 +45,8 @@ class FinishedPart:
         self.request = request
         self.log: ChordLog = backend.chord_log(mark.chord_id)
         self._backend = backend
-        self._head = [request.id, request.group_index, state]
+        self.interrupted = False
+        self._head = [str(request.id), request.group_index, state]
         self._data = ensure_bytes(backend.encode(backend.encode_result(result, state)))
         self._payload: str | None = None
 
@@ -71,10 +73,14 @@ class FinishedPart:
 
     def _append_once(self) -> int:
         """Add the part: with its result, or with the name of a blob that has it, since it is large or the log is."""
-        if self._payload is None:
-            block = Record(PART, [*self._head, None], self._data).to_bytes()
-            if len(block) <= MAX_BLOCK:
-                with suppress(Crowded):
-                    return self.log.append(block, MAX_LENGTH)
-            self._payload = self.log.store_payload(self._data, self._backend.content_type)
-        return self.log.append(Record(PART, [*self._head, self._payload]).to_bytes())
+        try:
+            if self._payload is None:
+                block = Record(PART, [*self._head, None], self._data).to_bytes()
+                if len(block) <= MAX_BLOCK:
+                    with suppress(Crowded):
+                        return self.log.append(block, MAX_LENGTH)
+                self._payload = self.log.store_payload(self._data, self._backend.content_type)
+            return self.log.append(Record(PART, [*self._head, self._payload]).to_bytes())
+        except AzureError:
+            self.interrupted = True
+            raise

@@ -1,11 +1,12 @@
 """Chords without polling: their logs are created, and the parts reported, by what Celery calls here."""
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from billiard.process import current_process
 
@@ -19,7 +20,7 @@ from celery.utils.log import get_logger
 
 from .chordend import THREAD, ChordEnd
 from .chordheader import tree_of
-from .chordlog import GROWTH, TREE, Gone, Leased, Record, patiently
+from .chordlog import GROWTH, PATIENCE, TREE, Gone, Leased, Record, patiently
 from .chordmessage import (
     Mark,
     drop_errbacks,
@@ -57,6 +58,19 @@ def _remember(request: Any, **kwargs: Any) -> None:
 task_received.connect(_remember)
 
 
+#: All runners of this process. A process of a pool has those of the worker's main process.
+_runners: WeakSet[ChordRunner] = WeakSet()
+
+
+def _forget_threads() -> None:
+    for runner in _runners:
+        runner.forget_threads()
+
+
+if hasattr(os, 'register_at_fork'):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
 class ChordRunner:
     """Keeps the logs of chords for a backend.
 
@@ -66,10 +80,16 @@ class ChordRunner:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
+        self._awaiting_size: set[str] = set()
+        self.forget_threads()
+        _runners.add(self)
+
+    def forget_threads(self) -> None:
+        """Begin anew with all that threads share: after a fork, one that is not there may hold a lock."""
         self._sizes: LRUCache = LRUCache(limit=CHORDS_KEPT)
         self._awaited: LRUCache = LRUCache(limit=CHORDS_KEPT)
-        self._awaiting_size: set[str] = set()
         self._reporters: ThreadPoolExecutor | None = None
+        self._reports: set[Future[None]] = set()
         self._lock = threading.Lock()
 
     def start(self, chord_id: str, results: Sequence[Any], size: int | None) -> None:
@@ -107,7 +127,7 @@ class ChordRunner:
             Full: if the chord has too many parts.
         """
         log = self._backend.chord_log(chord_id)
-        block = Record(GROWTH, [task_id]).to_bytes()
+        block = Record(GROWTH, [str(task_id)]).to_bytes()
         try:
             patiently(lambda: log.append(block))
         except (Gone, Leased):  # only a part that was delivered again can find its chord like that
@@ -171,14 +191,24 @@ class ChordRunner:
                 self._reporters = ThreadPoolExecutor(REPORT_THREADS, f'{THREAD}-report')
                 # A function of its own: up to Celery 5.6, a signal takes methods of different objects for the same.
                 worker_shutdown.connect(lambda **kwargs: self._finish_reports(), weak=False)
-            self._reporters.submit(self._report_or_log, *report)
+            future = self._reporters.submit(self._report_or_log, *report)
+            self._reports.add(future)
+        future.add_done_callback(self._reports.discard)
 
     def _finish_reports(self) -> None:
-        """Wait for all reports. Python would wait at its end too, but does not let them start threads there."""
+        """Wait for all reports that begin within `PATIENCE` seconds, so that the worker ends though Azure is away.
+
+        Python would wait at its end too, but does not let them start threads there.
+        """
         with self._lock:
             reporters, self._reporters = self._reporters, None
-        if reporters:
-            reporters.shutdown()
+        if not reporters:
+            return
+        late = wait(self._reports, PATIENCE).not_done
+        if late:
+            logger.critical('%s finished parts of chords could not be reported in time: their chords will not end.',
+                            len(late))
+        reporters.shutdown(wait=not late, cancel_futures=True)
 
     def _report_or_log(self, mark: Mark, request: Any, state: str, result: Any) -> None:
         try:

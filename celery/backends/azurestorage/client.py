@@ -19,7 +19,6 @@ from azure.core.credentials import AzureSasCredential
 from azure.core.exceptions import AzureError, DecodeError, HttpResponseError, ResourceNotFoundError
 from azure.core.pipeline.transport import RequestsTransport
 from azure.storage.blob import (
-    BlobClient,
     BlobServiceClient,
     ContainerClient,
     ContentSettings,
@@ -334,14 +333,18 @@ class BlobContainer:
             return sum(answer.status_code == 202 for answer in answers)
         return self._run(delete)
 
-    def call(self, name: str, request: Callable[[BlobClient], R], creating: bool = False) -> R:
+    def call(self, name: str, request: Callable[..., R], creating: bool = False, once: bool = False) -> R:
         """Send a request about a blob.
 
         Arguments:
             name: The blob's name.
-            request: Called with the SDK's client of the blob.
+            request: Called with the SDK's client of the blob, and with keyword arguments for what it calls there.
             creating: Whether to make the container if it is missing.
+            once: Raise at once what is raised, in place of repeating the request.
         """
+        if once:
+            with self._explained():
+                return request(self._client.get_blob_client(name), retry_total=0)
         return self._run(lambda: request(self._client.get_blob_client(name)), creating)
 
     def _run(self, request: Callable[[], R], creating: bool = False) -> R:
@@ -459,7 +462,8 @@ def _retry_policy(settings: Mapping[str, Any]) -> ExponentialRetry:
 
 def _describe(url: BackendURL, configured: Any) -> Identity:
     if url.account_key:
-        return Identity(f'The key of the account {url.account_name}', 'The account must allow access with its keys')
+        return Identity(f'The key of the account {url.account_name}',
+                        'The account must allow access with its keys, and this must be one of them')
     if url.sas:
         return Identity('The shared access signature', 'It needs all permissions on blobs (racwdl)')
     name = url.credential

@@ -34,8 +34,9 @@ _tenant_id = matching('[A-Za-z0-9.-]+', 'must be an id or a domain: letters, dig
 _resource_id = matching(r'[\w/.() -]+', 'must be the resource id of an identity: /subscriptions/…')
 _subscription = matching('[A-Za-z0-9_. -]+', 'must be the name or the id of a subscription')
 _authority = matching(
-    r'(?i:https://)?(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::[0-9]{1,5})?(?:/[A-Za-z0-9._-]*)*',
-    'must be a host or an https:// URL')
+    r'(?i:https://)?(?:(?i:localhost)|[A-Za-z0-9-]+(?:(?=:)|(?:\.[A-Za-z0-9-]+)+)|\[[0-9A-Fa-f:]+\])'
+    r'(?::[0-9]{1,5})?(?:/[A-Za-z0-9._-]*)*',
+    'must be a host or an https:// URL, such as login.microsoftonline.us')
 
 _CLIENT_ID = Option(_identity_id, 'Client id of the identity.')
 _TENANT_ID = Option(_tenant_id, 'Id of the tenant that the identity belongs to.')
@@ -179,6 +180,9 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         given = [option for option in rivals if option in options]
         if len(given) > 1:
             refuse(f'two identities at once: {name} takes only one of {", ".join(rivals)}.')
+    members = [option for option in row.options if option.startswith('exclude_')]
+    if members and all(options.get(member) for member in members):
+        refuse(f'{name} has nothing left: all its members are excluded.')
     missing = [option for option in row.required if option not in options]
     if missing:
         refuse(f'{name} needs in the URL: {", ".join(missing)}.')
@@ -248,6 +252,7 @@ def resolve(configured: Any) -> Any:
     found, name = configured, type(configured).__name__
     if isinstance(configured, str):
         found, name = _import(configured), configured
+    _refuse_asynchronous(found, name)
     if _is_credential(found):
         return found
     if not callable(found):
@@ -284,11 +289,15 @@ def _load(configured: Any) -> Any:
     if not _is_credential(credential):
         raise ImproperlyConfigured(
             f'azureblockblob_credential: {type(credential).__name__} is no TokenCredential: it has no get_token.')
-    if inspect.iscoroutinefunction(credential.get_token):
-        raise ImproperlyConfigured(
-            f'azureblockblob_credential: {type(credential).__name__} is asynchronous. '
-            'The class of this name in azure.identity is not.')
+    _refuse_asynchronous(credential, type(credential).__name__)
     return credential
+
+
+def _refuse_asynchronous(value: Any, name: str) -> None:
+    """Refuse a credential, or the class of one, that only a coroutine can ask."""
+    if inspect.iscoroutinefunction(getattr(value, 'get_token', None)):
+        raise ImproperlyConfigured(f'azureblockblob_credential: {name} is asynchronous. '
+                                   'The class of this name in azure.identity is not.')
 
 
 def _call(function: Callable[[], Any]) -> Any:

@@ -119,13 +119,15 @@ def _advice(exc: BaseException, identity: Identity, place: str) -> str:
                 'that is trusted here; REQUESTS_CA_BUNDLE can name a file with further CA certificates')
     if isinstance(exc, core.ServiceRequestError):
         return f'Cannot connect to {place}. Check the account URL, the network and its proxy settings'
+    if isinstance(exc, core.ServiceResponseError):
+        return f'The connection to {place} gave no answer. Check the account URL, its https:// and its port'
     if status in TEMPORARY_STATUSES or is_temporary(exc):
         return ''
     if isinstance(exc, core.DecodeError) or (status is not None and not code) or code == 'ResourceNotFound':
         return f'What answers at {place} is not the blob service of this account. Check the account URL'
     if status == 401:
         return f'{place} rejected {identity.name}. Check its tenant and the account URL'
-    if status == 403 and code in ('AuthenticationFailed', 'InvalidAuthenticationInfo'):
+    if code == 'InvalidAuthenticationInfo' or (status == 403 and code == 'AuthenticationFailed'):
         return f'{place} rejected {identity.name}. Check its secret, and this machine\'s clock'
     if status == 403:
         return (f'{identity.name} is not authorized for this operation in {place}. {identity.need}. '

@@ -47,28 +47,47 @@ def delete_expired(
     """
     totals = Totals()
     now = datetime.now(timezone.utc)
-    for prefix, age in ages.items():
-        oldest = now - timedelta(seconds=min(age, now.timestamp()))  # before 1970, Azure had no blobs
-        for batch in _batches(_expired(container, prefix, oldest, totals, prefix == attached)):
+
+    def delete(prefix: str, items: Iterable[BlobItem]) -> None:
+        for batch in _batches(items):
             totals.expired += len(batch)
             if not dry_run:
                 totals.deleted += container.delete_many(batch)
             logger.info('Cleanup of %s*: %s', prefix, totals)
             on_progress(totals)
+
+    for prefix, age in ages.items():
+        oldest = now - timedelta(seconds=min(age, now.timestamp()))  # before 1970, Azure had no blobs
+        owned: list[BlobItem] = []
+        delete(prefix, _expired(container, prefix, oldest, totals, owned if prefix == attached else None))
+        if owned and not dry_run:
+            there = {item.name for item in container.list_blobs(prefix)}
+            owned = [item for item in owned if _owner(item) not in there]
+        delete(prefix, owned)
     return totals
 
 
 def _expired(
-    container: BlobContainer, prefix: str, oldest: datetime, totals: Totals, attached: bool,
+    container: BlobContainer, prefix: str, oldest: datetime, totals: Totals, owned: list[BlobItem] | None,
 ) -> Iterator[BlobItem]:
-    live = set()
+    """Yield what has expired; put into `owned` what goes with another such blob, since that may be rewritten yet."""
+    live, expired = set(), set()
     for item in container.list_blobs(prefix):  # in order of their names, so that NAME comes before NAME.SUFFIX
         totals.found += 1
-        if item.last_modified >= oldest:
-            if attached:
-                live.add(item.name)
-        elif not attached or item.name.rpartition('.')[0] not in live:
+        if owned is None:
+            if item.last_modified < oldest:
+                yield item
+        elif item.last_modified >= oldest:
+            live.add(item.name)
+        elif _owner(item) in expired:
+            owned.append(item)
+        elif _owner(item) not in live:
+            expired.add(item.name)
             yield item
+
+
+def _owner(item: BlobItem) -> str:
+    return item.name.rpartition('.')[0]
 
 
 def _batches(items: Iterable[BlobItem]) -> Iterator[list[BlobItem]]:

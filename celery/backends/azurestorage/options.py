@@ -91,6 +91,19 @@ def seconds(zero: bool = False) -> Callable[[Any], float]:
     return check
 
 
+def expires(value: Any) -> float | None:
+    """Return for how many seconds something is kept; None or 0 is for ever."""
+    if value is None:
+        return None
+    try:
+        number = float('' if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        number = -1
+    if not number >= 0:  # NaN is not either
+        raise ValueError('must be a number of seconds or a timedelta, 0 or more, or None')
+    return int(number) if number.is_integer() else number
+
+
 def container_name(value: Any) -> str:
     """Return `value` if Azure takes it as the name of a container."""
     if not isinstance(value, str) or not CONTAINER_NAME.match(value):
@@ -124,6 +137,9 @@ def token_credential(value: Any) -> Any:
                          'such as azure.identity.DefaultAzureCredential')
     return value
 
+
+#: Celery's own settings `result_expires` and `result_chord_expires`, once a timedelta has become seconds.
+EXPIRES = Option(expires, 'How long results, or the logs of chords, are kept.', unit='seconds')
 
 #: Settings of the backend, without their prefix ``azureblockblob_``.
 SETTINGS: Mapping[str, Option] = {

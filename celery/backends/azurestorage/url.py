@@ -87,7 +87,8 @@ _SHOWN_PLACE = re.compile(
     r'(?::[0-9]{1,5})?(?:/[a-z0-9-]{1,63})?/?\Z')
 _SHOWN_OPTION = re.compile(
     r'(?:[a-z]+_)*'
-    r'(?:attempts|authority|base|chain|chords|concurrency|credential|discovery|id|name|path|sec|subscription|timeout)=')
+    r'(?:attempts|authority|base|chain|chords|concurrency|credential|discovery|id|name|path|sec|subscription|timeout)='
+    r'(?:(?!%40|%3[Bb])[^@;])*\Z')
 # Of an endpoint's query; the value of sig is masked by _BARE_SECRET.
 _SHOWN_PARAMETER = re.compile(
     r'(?:sig=|(?:comp|restype|s[eiprstv]|spr|srt)=[a-z0-9:.-]{0,30}\Z)', re.IGNORECASE)
@@ -212,6 +213,8 @@ def _split_scheme(url: Any) -> tuple[str, str]:
         refuse(f'the URL must begin with {SCHEME}://.')
     if not rest:
         refuse(f'nothing follows {SCHEME}://.')
+    if re.match(rf'{SCHEME}(?:\+https?)?://', rest, re.IGNORECASE):
+        refuse(f'{SCHEME}:// stands there twice.')
     if not rest.isprintable() or (' ' in rest and not _is_connection_string(rest)):
         refuse('the URL holds white space or control characters.')
     if rest[0] in '"\'':

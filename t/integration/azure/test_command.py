@@ -75,6 +75,15 @@ def test_a_server_that_is_gone_is_told_in_a_sentence(run):
     assert (status, output.startswith('Error: Cannot connect to http://127.0.0.1')) == (1, True)
 
 
+@pytest.mark.parametrize(('url', 'told'), [
+    ('azureblockblob://DefaultAzureCredntial@https://myaccount.blob.core.windows.net', 'did you mean'),
+    ('azureblockblob://WorkloadIdentityCredential@https://myaccount.blob.core.windows.net', 'AZURE_TENANT_ID'),
+])
+def test_a_mistake_in_the_configuration_is_told_without_a_traceback(run, url, told):
+    status, output = run(Celery(set_as_current=False, backend=url), 'cleanup')
+    assert (status, output.startswith('Error: '), told in output) == (1, True, True)
+
+
 def test_celery_lists_it():
     celery = [sys.executable, '-m', 'celery', 'azureblockblob', 'cleanup', '--help']
     assert '--older-than' in subprocess.run(celery, capture_output=True, text=True, check=True, timeout=60).stdout

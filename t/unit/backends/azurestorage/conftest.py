@@ -74,8 +74,9 @@ def no_chord_pauses(monkeypatch):
     """Repeat what fails at a chord ten times, without pauses."""
     from celery.backends.azurestorage import chordend, chordlog
     for module in (chordlog, chordend):
-        monkeypatch.setattr(module, 'pauses', lambda: iter([0] * 10))
+        monkeypatch.setattr(module, 'pauses', lambda longest=0: iter([0] * 10))
     monkeypatch.setattr(chordend, 'CLAIM_INTERVAL', 0)
+    monkeypatch.setattr(chordend, 'GRACE', 0)
 
 
 @pytest.fixture

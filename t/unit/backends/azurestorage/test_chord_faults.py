@@ -1,6 +1,7 @@
 """Chords that are counted by a log, when workers die, requests are lost, and messages come twice."""
 from __future__ import annotations
 
+import os
 import threading
 import uuid
 from collections import Counter
@@ -25,7 +26,8 @@ from celery.worker.state import revoked
 
 from .chordworker import Killed, killed, lapse, logs
 from .conftest import ACCOUNT_URL
-from .fakehttp import cut_connection
+from .fakehttp import cut_connection, refuse_connection
+from .processes import in_child
 from .schedules import Schedule, following
 
 #: How long a test waits for a thread, in seconds.
@@ -293,6 +295,58 @@ class test_lost_and_late_requests:
         assert worker.calls == [[0]]
         assert logs(fake_service) == []
 
+    @pytest.fixture
+    def outage(self, worker, fake_service, monkeypatch):
+        """Return a function that has a chord's part reported again while the log cannot be deleted any more.
+
+        The body is out then, the lease lapses, and the service is away. When it is back, whoever reports the part
+        comes first; but leaves time, as the pause tells.
+        """
+        def outage(message, seen_by, waiting=False):
+            paused, deleted = threading.Event(), threading.Event()
+
+            def begin():
+                lapse(fake_service)
+                fake_service.on(seen_by, blob='celery-chord-', answer=(503, 'ServerBusy'))
+
+            def sleep(seconds):
+                if seconds == 'grace':
+                    paused.set()
+                    assert deleted.wait(DEADLINE)
+                elif seconds == 'claimed':
+                    begin()
+
+            def report_again():
+                if not waiting:
+                    begin()
+                again.start()
+                assert paused.wait(DEADLINE)
+                refuse_connection()
+
+            monkeypatch.setattr(chordend, 'GRACE', 'grace')
+            monkeypatch.setattr(chordend, '_pause_for_claim', lambda: sleep('claimed'))
+            monkeypatch.setattr(chordend.time, 'sleep', sleep)
+            again = threading.Thread(target=worker.execute, args=(message,))
+            fake_service.on('Delete Blob', before=report_again)
+            worker.execute(message)
+            deleted.set()
+            again.join(DEADLINE)
+            worker.run()
+        return outage
+
+    @pytest.mark.parametrize('seen_by', ['Append Block', 'Get Blob', 'Lease Blob'])
+    def test_the_lease_lapses_in_an_outage_before_the_log_is_deleted(self, worker, fake_service, outage, seen_by):
+        _, [message] = worker.start(worker.echoes(1))
+        outage(message, seen_by)
+        assert worker.calls == [[0]]
+        assert logs(fake_service) == []
+
+    def test_the_lease_lapses_in_an_outage_while_someone_waits_for_it(self, worker, fake_service, outage):
+        _, [message] = worker.start(worker.echoes(1))
+        outage(message, 'Lease Blob', waiting=True)
+        assert worker.calls == [[0]]
+        assert logs(fake_service) == []
+
     def test_the_log_cannot_be_deleted_for_long(self, worker, fake_service, caplog):
         _, [message] = worker.start(worker.echoes(1))
         fake_service.on('Delete Blob', answer=(503, 'ServerBusy'), times=1000)
@@ -353,6 +407,19 @@ class test_lost_and_late_requests:
         worker.app.backend.cleanup()
         assert logs(fake_service) == []
 
+    def test_a_large_result_does_not_expire_with_a_log_that_lives_on(self, worker, fake_service):
+        _, messages = worker.start([worker.tasks.echo.s('x' * chordpart.MAX_BLOCK), *worker.echoes(1)])
+        fake_service.now -= 8 * 24 * 3600
+        worker.execute(messages[0])
+        fake_service.now += 8 * 24 * 3600
+        fake_service.on('Blob Batch', before=lambda: worker.execute(messages[1]))
+        fake_service.on('Get Blob', blob='celery-chord', answer=(503, 'ServerBusy'), times=11)
+        worker.app.backend.cleanup()
+        assert len(logs(fake_service)) == 2
+        worker.execute(messages[1])
+        worker.run()
+        assert worker.calls == [['x' * chordpart.MAX_BLOCK, 0]]
+
     def test_the_log_lasts_longer_than_results(self, make_worker, fake_service):
         worker = make_worker(result_expires=3600)
         fake_service.now -= 6 * 24 * 3600
@@ -368,7 +435,7 @@ class test_lost_and_late_requests:
     def test_the_service_is_busy(self, worker, fake_service, operation):
         _, messages = worker.start(worker.echoes(2))
         worker.execute(messages[0])
-        fake_service.on(operation, blob='celery-chord-', answer=(503, 'ServerBusy'), times=20)
+        fake_service.on(operation, blob='celery-chord-', answer=(503, 'ServerBusy'), times=10)
         worker.execute(messages[1])
         worker.run()
         assert worker.calls == [[0, 1]]
@@ -386,6 +453,17 @@ class test_lost_and_late_requests:
         worker.run()
         assert credential.failures == 5
         assert worker.calls == [[0]]
+
+    def test_no_thread_can_be_started(self, worker, fake_service, monkeypatch):
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+        _, [message] = worker.start(worker.echoes(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, 'start', refuse)
+            worker.execute(message)
+        worker.run()
+        assert worker.calls == [[0]]
+        assert logs(fake_service) == []
 
     def test_a_part_that_cannot_be_logged_fails_aloud(self, worker, fake_service, caplog):
         _, [message] = worker.start(worker.echoes(1))
@@ -503,6 +581,48 @@ class test_the_main_process:
                 worker.app.backend.on_chord_part_return(request, states.REVOKED, TaskRevokedError())
         assert max(most) <= before + chords.REPORT_THREADS + 1
         assert 'TaskRevokedError' in worker.failure(result)
+
+    def test_ends_though_its_reports_do_not(self, worker, fake_service, monkeypatch, caplog):
+        number = 3 * chords.REPORT_THREADS
+        _, messages = worker.start(worker.echoes(number))
+        monkeypatch.setattr(chords, 'PATIENCE', 0.01)
+        free = threading.Event()
+        fake_service.on('Append Block', before=lambda: free.wait(DEADLINE), times=number)
+        fake_service.requests.clear()
+        with worker.main_process():
+            for message in messages:
+                worker.app.backend.on_chord_part_return(
+                    worker.request(message)._context, states.REVOKED, TaskRevokedError())
+        assert f'{number} finished parts of chords could not be reported' in caplog.text
+        free.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith(chordend.THREAD):
+                thread.join(DEADLINE)
+        assert fake_service.operations == ['Append Block'] * chords.REPORT_THREADS
+
+    @pytest.mark.skipif(not hasattr(os, 'fork'), reason='This system has no fork.')
+    def test_leaves_no_lock_to_the_processes_that_it_forks(self, worker):
+        _, [message] = worker.start(worker.echoes(1))
+        runner = worker.app.backend._chords
+        held, forked = threading.Event(), threading.Event()
+
+        def hold():
+            with runner._awaited.mutex, runner._sizes.mutex, runner._lock:
+                held.set()
+                forked.wait(DEADLINE)
+
+        def report():
+            worker.execute(message)
+            return [message.headers['task'] for message in worker.receive()]
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(DEADLINE)
+        try:
+            assert in_child(report) == ['collect']
+        finally:
+            forked.set()
+            holder.join(DEADLINE)
 
     def test_says_when_it_cannot_report(self, worker, fake_service, caplog):
         _, [message] = worker.start(worker.echoes(1))

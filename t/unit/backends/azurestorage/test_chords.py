@@ -108,6 +108,19 @@ class test_the_body:
         worker.run()
         assert worker.calls == [list(range(12))]
 
+    def test_gets_the_results_of_parts_whose_ids_are_uuids(self, worker, fake_service):
+        t = worker.tasks
+        part, first, second = (task.set(task_id=uuid.uuid4()) for task in (t.echo.s(0), t.add.s(2), t.add.s(3)))
+        worker.finish([part, chain(t.echo.s(1), group(first, second))])
+        assert worker.calls == [[0, [3, 4]]]
+        assert logs(fake_service) == []
+
+    def test_waits_for_a_part_that_joins_whose_id_is_a_uuid(self, worker):
+        result, [message] = worker.start(worker.echoes(1))
+        worker.app.backend.add_to_chord(result.parent.id, worker.app.AsyncResult(uuid.uuid4()))
+        worker.execute(message)
+        assert worker.receive() == []
+
     def test_starts_only_when_all_parts_are_there(self, worker):
         _, messages = worker.start(worker.echoes(5))
         for message in messages:

@@ -2,12 +2,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import signal
 import threading
-import warnings
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -17,6 +14,7 @@ from celery import states
 
 from .conftest import ACCOUNT_URL, URL
 from .fakehttp import cut_connection, refuse_connection
+from .processes import in_child
 
 client = pytest.importorskip('celery.backends.azurestorage.client')
 credentials = pytest.importorskip('celery.backends.azurestorage.credentials')
@@ -517,27 +515,6 @@ def in_threads(functions):
     for thread in threads:
         thread.join(DEADLINE)
     return results
-
-
-def in_child(function):
-    """Call a function in a forked process; return what it gave, by way of JSON."""
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)  # Python 3.12 warns of threads, which are the point here
-        pid = os.fork()
-    if not pid:
-        signal.alarm(DEADLINE)  # ends the process, should it hang
-        try:
-            given = function()
-        except Exception as exc:
-            given = repr(exc)
-        os.write(writing, json.dumps(given).encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading, 'rb') as pipe:
-        data = pipe.read()  # ends with the child
-    os.waitpid(pid, 0)
-    return json.loads(data)
 
 
 def ignoring_errors(function):

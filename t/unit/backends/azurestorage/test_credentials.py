@@ -504,6 +504,8 @@ class test_ConfiguredCredential:
         (f'{__name__}.give_for', 'give_for cannot be called without arguments'),
         (give_for, 'function cannot be called without arguments'),
         ('azure.identity.ClientSecretCredential', 'ClientSecretCredential cannot be called without arguments'),
+        (AsyncCredential(), 'AsyncCredential is asynchronous'),
+        (f'{__name__}.AsyncCredential', r'AsyncCredential is asynchronous\. The class of this name in azure\.ide'),
     ])
     def test_what_gives_no_credential_is_refused_when_the_backend_is_built(self, configured, message):
         with pytest.raises(ImproperlyConfigured, match=f'azureblockblob_credential: .*{message}'):
@@ -518,8 +520,7 @@ class test_ConfiguredCredential:
     @pytest.mark.parametrize(('configured', 'message'), [
         (give_nothing, 'NoneType is no TokenCredential: it has no get_token'),
         (lambda: Credential, 'type is no TokenCredential'),
-        (AsyncCredential, r'AsyncCredential is asynchronous\. The class of this name in azure\.identity is not'),
-        (AsyncCredential(), 'AsyncCredential is asynchronous'),
+        (lambda: AsyncCredential(), r'AsyncCredential is asynchronous\. The class of this name in azure\.id'),
     ])
     def test_what_gives_something_else_is_refused_when_it_is_used(self, configured, message):
         backend = make_backend(credential=configured)

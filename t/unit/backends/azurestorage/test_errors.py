@@ -226,10 +226,11 @@ class test_explain:
         assert 'Storage Blob Data Contributor' in text
         assert 'Said by the service.' in text
 
-    @pytest.mark.parametrize('code', ['AuthenticationFailed', 'InvalidAuthenticationInfo'])
-    def test_a_403_for_a_wrong_secret_says_so(self, code):
+    @pytest.mark.parametrize(('status', 'code'), [
+        (403, 'AuthenticationFailed'), (403, 'InvalidAuthenticationInfo'), (400, 'InvalidAuthenticationInfo')])
+    def test_a_wrong_secret_is_told(self, status, code):
         key = Identity('The key of the account a', 'The account must allow access with its keys')
-        text = str(self.told(refusal(403, code, core.ClientAuthenticationError), key))
+        text = str(self.told(refusal(status, code, core.ClientAuthenticationError), key))
         assert 'The key of the account a' in text
         assert PLACE in text
         assert 'secret' in text
@@ -254,6 +255,13 @@ class test_explain:
         assert 'Check the account URL' in text
         assert 'Name or service not known' in text
 
+    @pytest.mark.parametrize('cls', [core.ServiceResponseError, core.ServiceResponseTimeoutError])
+    def test_a_host_that_does_not_answer_is_named(self, cls):
+        text = str(self.told(cls('Said by urllib3: Remote end closed connection')))
+        assert f'The connection to {PLACE} gave no answer' in text
+        assert 'https://' in text
+        assert 'Remote end closed' in text
+
     @pytest.mark.parametrize('exc', [
         refusal(404), refusal(405), refusal(302), refusal(200), refusal(403), refusal(404, 'ResourceNotFound'),
         core.DecodeError('Said by requests')])
@@ -266,7 +274,7 @@ class test_explain:
     @pytest.mark.parametrize('exc', [
         refusal(404, 'ContainerNotFound'), refusal(409, 'LeaseAlreadyPresent'), refusal(412, 'LeaseIdMissing'),
         refusal(400, 'InvalidHeaderValue'), refusal(503), refusal(503, 'ServerBusy'), refusal(429),
-        core.ServiceResponseError('cut'), core.IncompleteReadError('cut'), ValueError()])
+        core.IncompleteReadError('cut'), ValueError()])
     def test_nothing_is_added_where_there_is_nothing_to_do(self, exc):
         assert explain(exc, MANAGED, PLACE) is None
 

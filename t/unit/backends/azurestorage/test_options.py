@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from types import SimpleNamespace
 from urllib.parse import quote
 
@@ -301,6 +302,28 @@ class test_Values:
         with pytest.raises(ImproperlyConfigured) as caught:
             settings_of(ACCOUNT_URL, **{'credential': give_credential, name: '\\c2VjcmV0\\'})
         assert 'c2VjcmV0' not in str(caught.value)
+
+
+class test_Expiry:
+    """Celery's own settings, which this backend checks since they would be wrong once a day otherwise."""
+
+    @pytest.mark.parametrize(('value', 'seconds'), [
+        (None, None), (0, 0), (1, 1), (0.5, 0.5), ('86400', 86400), ('1e5', 100000), (timedelta(days=2), 172800),
+        (float('inf'), float('inf'))])
+    def test_seconds_are_taken(self, value, seconds):
+        app = Celery('azure', set_as_current=False)
+        app.conf.update(result_expires=value)
+        assert AzureBlockBlobBackend(app=app, url=URL).expires == seconds
+        app.conf.update(result_expires=None)
+        assert AzureBlockBlobBackend(app=app, url=URL, expires=value).expires == seconds
+
+    @pytest.mark.parametrize('name', ['result_expires', 'result_chord_expires'])
+    @pytest.mark.parametrize('value', [-1, '-1', 'soon', '', float('nan'), True, [1], {}, timedelta(days=-1)])
+    def test_all_else_is_refused(self, name, value):
+        app = Celery('azure', set_as_current=False)
+        app.conf.update({name: value})
+        with pytest.raises(ImproperlyConfigured, match=f'Configuration: {name} must be a number of seconds'):
+            AzureBlockBlobBackend(app=app, url=URL)
 
 
 class test_Hints:

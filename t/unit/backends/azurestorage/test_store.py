@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import itertools
 import threading
+from unittest.mock import Mock
 
 import pytest
 
 from celery import states
 from celery.app.task import Context
+from celery.exceptions import SoftTimeLimitExceeded, TimeoutError
 
 from .fakehttp import cut_connection, refuse_connection
 
@@ -430,6 +432,42 @@ class test_what_is_no_conflict:
         fake_service.on('Get Blob', answer=(403, 'AuthorizationPermissionMismatch'))
         with pytest.raises(core.HttpResponseError):
             store(states.SUCCESS)
+
+    @pytest.mark.parametrize('data', [b'{', b'null', b'[]', b'{}', b'\xff\xfe', b'\x00zstd'])
+    @pytest.mark.parametrize('state', [states.SUCCESS, states.FAILURE, states.REVOKED])
+    def test_a_state_that_cannot_be_read_is_replaced_by_a_finished_one(
+            self, backend, store, stored, state, data, caplog):
+        backend.set(BLOB, data)
+        store(state)
+        assert stored() == state
+        assert f'{BLOB} cannot be read' in caplog.text
+
+    @pytest.mark.parametrize('state', UNFINISHED)
+    def test_a_state_that_cannot_be_read_stays_until_then(self, backend, store, state, caplog):
+        backend.set(BLOB, b'\xff\xfe')
+        store(state)
+        assert backend.container.read(BLOB).data == b'\xff\xfe'
+        assert 'stays' in caplog.text
+
+    def test_a_state_of_another_serializer_is_replaced(self, make_backend, store, stored, processes):
+        make_backend(azureblockblob_container_name='results', result_serializer='pickle',
+                     azureblockblob_read_timeout=999).store_result('id', None, states.STARTED)
+        store(states.SUCCESS, writer=processes())
+        assert stored() == states.SUCCESS
+
+    def test_a_time_limit_while_a_state_is_read_is_raised(self, backend, store, stored, processes, monkeypatch):
+        store(states.STARTED)
+        writer = processes()
+        monkeypatch.setattr(writer, 'decode', Mock(side_effect=SoftTimeLimitExceeded))
+        with pytest.raises(SoftTimeLimitExceeded):
+            store(states.SUCCESS, writer=writer)
+        assert stored() == states.STARTED
+
+    def test_an_empty_blob_is_missing_among_many(self, backend):
+        backend.set(BLOB, b'')
+        assert backend.get(BLOB) is None
+        with pytest.raises(TimeoutError):
+            list(backend.get_many(['id'], timeout=0))
 
     def test_an_empty_blob_is_no_result_and_is_replaced(self, backend, store, stored):
         backend.set(BLOB, b'')

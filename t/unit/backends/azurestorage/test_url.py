@@ -219,6 +219,8 @@ WRONG = [
     ('azureblockblob://DefaultAzureCrednetial', 'needs an @ and an account URL after it: did you mean Default'),
     (DEFAULT, 'the account URL is missing'),
     (f'{DEFAULT}?client_id=x', 'the account URL is missing'),
+    (f'azureblockblob://{DEFAULT}{HOST}', 'azureblockblob:// stands there twice'),
+    (f'azureblockblob://AzureBlockBlob+HTTPS://{HOST}', 'azureblockblob:// stands there twice'),
     (f'{DEFAULT}@{HOST}', 'two identities at once'),
     (f'{DEFAULT}myaccount:{KEY}@{HOST}', 'two identities at once: DefaultAzureCredential and what follows'),
     (f'{DEFAULT}{HOST}@myaccount', 'two identities at once'),
@@ -363,6 +365,8 @@ WRONG = [
     (f'{DEFAULT}{HOST}?client_secret=x', 'AZURE_CLIENT_SECRET, where EnvironmentCredential reads it'),
     (f'{DEFAULT}{HOST}?client_id=<id>', 'client_id must be an id'),
     (f'{DEFAULT}{HOST}?authority=http://login.microsoftonline.com', 'authority must be a host or an https:// URL'),
+    (f'{DEFAULT}{HOST}?authority=AzureUSGovernment', 'an https:// URL, such as login.microsoftonline.us'),
+    (f'{DEFAULT}{HOST}?authority=https://login/tenant', 'authority must be a host or an https:// URL'),
     (f'{DEFAULT}{HOST}?exclude_cli_credential=maybe', 'exclude_cli_credential must be true or false'),
     (f'azureblockblob://AzureCliCredential@{HOST}?subscription=a%2Fb', 'must be the name or the id of a sub'),
     (f'azureblockblob://AzureCliCredential@{HOST}?tenant_id=a_b', 'tenant_id must be an id or a domain'),
@@ -390,6 +394,8 @@ WRONG_IDENTITY = [
     (f'{MANAGED}{HOST}?object_id=a&resource_id=b', None, 'only one of client_id, object_id, resource_id'),
     (f'{DEFAULT}{HOST}?client_id=a&managed_identity_client_id=b', None, 'two identities at once'),
     (f'{DEFAULT}{HOST}?workload_identity_client_id=a&client_id=b', None, 'two identities at once'),
+    (f'{DEFAULT}{HOST}?' + '&'.join(f'{option}=1' for option in CREDENTIAL_OPTIONS['DefaultAzureCredential']
+                                    if option.startswith('exclude_')), None, 'all its members are excluded'),
     (f'azureblockblob://CertificateCredential@{HOST}', None, 'in the URL: tenant_id, client_id, certificate_path'),
     (f'azureblockblob://CertificateCredential@{HOST}?tenant_id=a&client_id=b', None, 'URL: certificate_path.'),
 ]
