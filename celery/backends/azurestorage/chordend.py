@@ -1,6 +1,7 @@
 """The end of a chord: whoever has reported its last part starts its body."""
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -18,7 +19,7 @@ from celery.exceptions import ChordError
 from celery.utils.log import get_logger
 
 from .chordheader import Header, Part
-from .chordlog import GRACE, Changed, Claim, Gone, Leased, LeaseLost, patiently, pauses
+from .chordlog import GRACE, SURE, Changed, Claim, Gone, Leased, LeaseLost, patiently, pauses
 from .chordmessage import drop_errbacks, errbacks_of, parts_in_outer_chord, unmark_body
 from .chordpart import FULL, FinishedPart
 from .errors import is_temporary
@@ -55,6 +56,7 @@ class ChordEnd:
         self._request = part.request
         self._awaited: float | None = None
         self._interrupted = part.interrupted
+        self._sure = -math.inf  # when no lease can have lapsed unseen
         self._lease_id = str(uuid4())
 
     def reach(self) -> float | None:
@@ -113,9 +115,10 @@ class ChordEnd:
             if missing and self._number != FULL:
                 self._awaited = header.blocks + missing
                 return
-            if self._interrupted:  # whoever has started the body may not have been able to delete the log
+            if self._interrupted and time.monotonic() > self._sure + SURE:
+                time.sleep(GRACE)  # whoever has started the body may not have been able to delete the log
                 self._interrupted = False
-                time.sleep(GRACE)
+                self._sure = time.monotonic()
                 continue
             try:
                 claim = self._claim(header.etag)
@@ -130,6 +133,7 @@ class ChordEnd:
             try:
                 claim = self._log.claim(etag, self._lease_id)
             except Leased:
+                self._sure = time.monotonic()
                 _pause_for_claim()
             else:
                 self._lease_id = str(uuid4())  # for the next one

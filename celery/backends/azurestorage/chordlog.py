@@ -56,10 +56,16 @@ LEASE_DURATION = 20
 RENEW_INTERVAL = 6
 RENEW_PAUSE = 1
 
-#: The longest pause, in seconds and without jitter, between two attempts to delete a log whose body is out; and what
-#: others leave to these before they claim a log, once they have seen that the service was away.
-DELETE_PAUSE = 2
-GRACE = 5
+#: The longest pause between two attempts of an operation that must not fail, in seconds; jitter may add half of it.
+LONGEST_PAUSE = 4
+
+#: The same for deleting a log whose body is out; and what others leave to these attempts before they claim a log,
+#: once they have seen that the service was away, in seconds.
+DELETE_PAUSE = 1
+GRACE = 3
+
+#: A lease that was seen does not lapse in a shorter time, in seconds, if its holder lives: it is renewed more often.
+SURE = LEASE_DURATION - 2 * RENEW_INTERVAL
 
 #: How long an operation that must not fail is retried, in seconds, so that a short outage loses no chord.
 PATIENCE = 300
@@ -365,11 +371,11 @@ class Claim:
                 pause = RENEW_PAUSE
 
 
-def pauses(longest: float = 15) -> Iterator[float]:
+def pauses(longest: float = LONGEST_PAUSE) -> Iterator[float]:
     """Yield growing pauses, in seconds and with jitter, that fill `PATIENCE` seconds.
 
     Arguments:
-        longest: Where they stop growing, in seconds; jitter may add half of it.
+        longest: Where they stop growing, in seconds.
     """
     deadline = time.monotonic() + PATIENCE
     pause = 0.5
@@ -378,7 +384,7 @@ def pauses(longest: float = 15) -> Iterator[float]:
         pause = min(2 * pause, longest)
 
 
-def patiently(operation: Callable[[], T], longest: float = 15) -> T:
+def patiently(operation: Callable[[], T], longest: float = LONGEST_PAUSE) -> T:
     """Return what `operation` returns; repeat it while the service, or a token for it, is unavailable.
 
     Arguments:

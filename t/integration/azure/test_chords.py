@@ -30,6 +30,7 @@ TIMEOUT = 60
 APPEND, LEASE, SIZE = ({'method': 'PUT', 'path': 'celery-chord-', 'query': f'comp={comp}'}
                        for comp in ('appendblock', 'lease', 'metadata'))
 DELETION = {'method': 'DELETE', 'path': 'celery-chord-'}
+ANY = {'path': 'celery-chord-'}
 
 #: Which of the requests for a lease is for what, when a chord goes well.
 CLAIM, RENEWAL = 0, 1
@@ -317,7 +318,7 @@ class test_a_service_that_fails:
 
     @pytest.mark.parametrize('request_', [APPEND, LEASE, DELETION], ids=['append', 'claim', 'deletion'])
     def test_that_is_busy_for_some_time(self, project, worker, container, request_):
-        project.proxy.on(answer(503, 'ServerBusy'), **request_, times=10)  # the SDK gives up after 4
+        project.proxy.on(answer(503, 'ServerBusy'), **request_, times=10)
         result = project.start(project.echoes(2))
         assert result.get(timeout=TIMEOUT) == [0, 1]
         wait_until(lambda: logs(container) == [], 'the end of the log', TIMEOUT)
@@ -334,6 +335,25 @@ class test_a_service_that_fails:
         assert result.get(timeout=TIMEOUT) == [0, 1]
         wait_until(lambda: logs(container) == [], 'the end of the log', TIMEOUT)
         assert project.bodies == [[0, 1]]
+
+    def test_that_is_away_for_half_a_minute_once_the_body_is_out_while_someone_waits(self, project, container):
+        held = Hold()
+        project.proxy.on(held, **LEASE, skip=RENEWAL, times=1)
+        with project.worker(concurrency=3):  # one to end the chord, one to wait, one for the body
+            result = project.start(project.echoes(1))
+            held.wait()
+            project.deliver_again(result.parent.results[0].id)
+            wait_until(lambda: appends(project.proxy, 412), 'the second delivery', TIMEOUT)
+            project.proxy.on(answer(503, 'ServerBusy'), **ANY)
+            held.release()
+            begun = time.monotonic()
+            assert result.get(timeout=TIMEOUT) == [0]
+            wait_until(lambda: time.monotonic() > begun + 30, 'half a minute', TIMEOUT)
+            assert len(logs(container)) == 1
+            project.proxy.clear()
+            wait_until(lambda: logs(container) == [], 'the end of the log', TIMEOUT)
+            assert project.sign('echo', 2).apply_async().get(timeout=TIMEOUT) == 2
+        assert project.bodies == [[0]]
 
     @pytest.mark.parametrize('request_', [APPEND, LEASE, DELETION], ids=['append', 'claim', 'deletion'])
     def test_whose_answer_is_lost(self, project, worker, container, request_):

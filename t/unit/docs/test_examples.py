@@ -49,6 +49,14 @@ def test_a_url_in_the_documentation_is_accepted(url):
     assert AzureBlockBlobBackend(app=app, url=url).as_uri(include_password=True) == url
 
 
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_a_command_can_be_pasted(page):
+    for block in re.findall(r'code-block:: console\n\n((?: +.*\n)+)', page.read_text()):
+        lines = block.splitlines()
+        for before, line in zip(['', *lines], lines, strict=False):
+            assert line.strip().startswith('$ ') or before.endswith('\\')
+
+
 @pytest.mark.parametrize('name', list(CREDENTIALS))
 def test_the_settings_page_names_the_options_of_each_credential(name):
     described = re.search(rf'\* ``{name}`` \((.*?)\)\n', SETTINGS_PAGE.read_text(), re.DOTALL)[1]

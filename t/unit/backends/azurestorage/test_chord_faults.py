@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections import Counter
 from contextlib import suppress
@@ -256,7 +257,7 @@ class test_lost_and_late_requests:
             waiter.start()
             assert waiting.wait(DEADLINE)
 
-        monkeypatch.setattr(chordend, 'time', SimpleNamespace(sleep=wait_for_claim))
+        monkeypatch.setattr(chordend, 'time', SimpleNamespace(sleep=wait_for_claim, monotonic=time.monotonic))
         fake_service.on('Lease Blob')
         fake_service.on('Lease Blob', before=report_again)  # the renewal of the claim
         worker.execute(messages[1])
@@ -324,6 +325,7 @@ class test_lost_and_late_requests:
                 refuse_connection()
 
             monkeypatch.setattr(chordend, 'GRACE', 'grace')
+            monkeypatch.setattr(chordend, 'SURE', -1)
             monkeypatch.setattr(chordend, '_pause_for_claim', lambda: sleep('claimed'))
             monkeypatch.setattr(chordend.time, 'sleep', sleep)
             again = threading.Thread(target=worker.execute, args=(message,))
@@ -734,7 +736,8 @@ class test_every_order_of_requests:
 
             schedule = ChordSchedule(
                 fake_service, [lambda part=part: report(part) for part in parts], choices, **faults)
-            monkeypatch.setattr(chordend, 'time', SimpleNamespace(sleep=schedule.wait_for_claim))
+            monkeypatch.setattr(chordend, 'time', SimpleNamespace(
+                sleep=schedule.wait_for_claim, monotonic=time.monotonic))
             fake_service.on(times=float('inf'), before=schedule.before_request, after=schedule.after_request)
             schedule.run()
             fake_service.forget_plans()

@@ -562,10 +562,12 @@ class test_pauses:
         with clock(monkeypatch) as now:
             for pause in chordlog.pauses():
                 chordlog.time.sleep(pause)
-            assert chordlog.PATIENCE <= now[0] < chordlog.PATIENCE + 25
+            assert chordlog.PATIENCE <= now[0] < chordlog.PATIENCE + 1.5 * chordlog.LONGEST_PAUSE
 
     def test_they_grow_and_do_not_come_at_the_same_time_everywhere(self, monkeypatch):
         with clock(monkeypatch):
-            ours, theirs = ([next(pauses) for _ in range(8)] for pauses in (chordlog.pauses(), chordlog.pauses()))
+            ours, theirs, short = ([next(pauses) for _ in range(8)] for pauses in (
+                chordlog.pauses(), chordlog.pauses(), chordlog.pauses(chordlog.DELETE_PAUSE)))
         assert ours != theirs
-        assert ours[0] < 1 < 7 < ours[7] < 23
+        assert ours[0] < 1 < 0.5 * chordlog.LONGEST_PAUSE < ours[7] < 1.5 * chordlog.LONGEST_PAUSE
+        assert max(short) < 1.5 * chordlog.DELETE_PAUSE < chordlog.GRACE
