@@ -1,7 +1,6 @@
 """The end of a chord: whoever has reported its last part starts its body."""
 from __future__ import annotations
 
-import math
 import random
 import threading
 import time
@@ -10,8 +9,6 @@ from contextvars import copy_context
 from typing import Any
 from uuid import uuid4
 
-from azure.core.exceptions import AzureError
-
 from celery import states
 from celery._state import get_current_worker_task, pop_current_task, push_current_task
 from celery.canvas import maybe_signature
@@ -19,7 +16,7 @@ from celery.exceptions import ChordError
 from celery.utils.log import get_logger
 
 from .chordheader import Header, Part
-from .chordlog import GRACE, SURE, Changed, Claim, Gone, Leased, LeaseLost, patiently, pauses
+from .chordlog import GRACE, Changed, Claim, Gone, Leased, LeaseLost, patiently, pauses
 from .chordmessage import drop_errbacks, errbacks_of, parts_in_outer_chord, unmark_body
 from .chordpart import FULL, FinishedPart
 from .errors import is_temporary
@@ -55,8 +52,7 @@ class ChordEnd:
         self._log = part.log
         self._request = part.request
         self._awaited: float | None = None
-        self._interrupted = part.interrupted
-        self._sure = -math.inf  # when no lease can have lapsed unseen
+        self._has_left_time = False
         self._lease_id = str(uuid4())
 
     def reach(self) -> float | None:
@@ -74,7 +70,7 @@ class ChordEnd:
             thread.start()
         except RuntimeError as exc:  # the process can have no more threads
             logger.warning('Chord %s is finished without a thread of its own: %r', self._id, exc)
-            self._start_patiently()
+            self._start_here()
         while thread.is_alive():
             try:
                 thread.join()
@@ -82,6 +78,15 @@ class ChordEnd:
                 logger.warning('Task %s is past its time, but finishes chord %s first: %r',
                                self._request.id, self._id, exc)
         return self._awaited
+
+    def _start_here(self) -> None:
+        """Start the body on this thread. If a soft time limit interrupts that, begin again."""
+        while True:
+            try:
+                return self._start_patiently()
+            except Exception as exc:
+                logger.warning('Task %s is past its time, but finishes chord %s first: %r',
+                               self._request.id, self._id, exc)
 
     def _start_patiently(self) -> None:
         """Start the body if all parts are there; repeat what fails for `PATIENCE` seconds."""
@@ -92,7 +97,7 @@ class ChordEnd:
             except Gone:
                 return None
             except Exception as exc:
-                self._interrupted = True
+                self._has_left_time = False
                 logger.warning('Chord %s could not be finished; trying again: %r', self._id, exc,
                                exc_info=not is_temporary(exc))
             pause = next(waits, None)
@@ -115,10 +120,9 @@ class ChordEnd:
             if missing and self._number != FULL:
                 self._awaited = header.blocks + missing
                 return
-            if self._interrupted and time.monotonic() > self._sure + SURE:
-                time.sleep(GRACE)  # whoever has started the body may not have been able to delete the log
-                self._interrupted = False
-                self._sure = time.monotonic()
+            # Someone may have started the body, and then not been able to delete the log.
+            if not self._has_left_time and (header.lapsed or self._part.key in header.repeated):
+                self._leave_time()
                 continue
             try:
                 claim = self._claim(header.etag)
@@ -126,6 +130,7 @@ class ChordEnd:
                 continue
             if self._start_under(claim, header, complete=not missing):
                 return
+            self._has_left_time = False
 
     def _claim(self, etag: str) -> Claim:
         """Claim the log; wait for whoever else has claimed it until they are done, or dead."""
@@ -133,11 +138,16 @@ class ChordEnd:
             try:
                 claim = self._log.claim(etag, self._lease_id)
             except Leased:
-                self._sure = time.monotonic()
-                _pause_for_claim()
+                if self._log.wait_for_lease(_pause_for_claim):
+                    self._leave_time()
             else:
                 self._lease_id = str(uuid4())  # for the next one
                 return claim
+
+    def _leave_time(self) -> None:
+        """Leave time to someone whose claim has lapsed: either they are dead, or they delete the log now."""
+        time.sleep(GRACE)
+        self._has_left_time = True
 
     def _start_under(self, claim: Claim, header: Header, complete: bool) -> bool:
         """Start the body, or fail it, and delete the log. Return False if the claim was lost before that."""
@@ -251,7 +261,7 @@ class ChordEnd:
         container = self._backend.container
         try:
             container.account.map(container.delete, header.payloads)
-        except AzureError as exc:
+        except Exception as exc:  # nothing may be raised: the body is on its way
             logger.warning('Blobs of chord parts were not deleted, and expire: %r', exc)
 
 

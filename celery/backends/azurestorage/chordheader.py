@@ -10,7 +10,11 @@ from celery.utils.functional import _regen
 
 from .chordlog import GROWTH, PART, TREE, ChordLog
 
-__all__ = ('Header', 'Part', 'count_parts', 'ids_of', 'tree_of')
+__all__ = ('Header', 'Part', 'PartKey', 'count_parts', 'ids_of', 'tree_of')
+
+
+#: What a part is known by: its task's id, and its place in the header.
+PartKey = tuple[str, int | None]
 
 
 class Part(NamedTuple):
@@ -30,17 +34,21 @@ class Header(NamedTuple):
         parts: Each part once, as it was first reported, in the header's order.
         growth: How many parts joined later.
         tree: The parts' ids, nested as the header is; None for a flat one.
+        repeated: Keys of the parts that came more than once.
         payloads: Names of the blobs of large results, those included of parts that came twice.
         blocks: Number of blocks in the log.
         etag: What stands for this content of the log.
+        lapsed: Whether someone has claimed the log, and neither released nor deleted it in time.
     """
 
     parts: list[Part]
     growth: int
     tree: list[Any] | None
+    repeated: set[PartKey]
     payloads: list[str]
     blocks: int
     etag: str
+    lapsed: bool
 
     @classmethod
     def read(cls, log: ChordLog) -> Header:
@@ -49,18 +57,23 @@ class Header(NamedTuple):
         Raises:
             Gone: if there is no log.
         """
-        records, etag = log.read()
+        records, etag, lapsed = log.read()
         reports = [Part._make([*record.head, record.data]) for record in records if record.kind == PART]
-        first: dict[tuple[str, int | None], Part] = {}
+        first: dict[PartKey, Part] = {}
+        repeated = set()
         for part in reports:
-            first.setdefault((part.task_id, part.group_index), part)
+            key = (part.task_id, part.group_index)
+            if first.setdefault(key, part) is not part:
+                repeated.add(key)
         return cls(
             parts=sorted(first.values(), key=lambda part: (part.group_index is None, part.group_index)),
             growth=len({record.head[0] for record in records if record.kind == GROWTH}),
             tree=next((record.head for record in records if record.kind == TREE), None),
+            repeated=repeated,
             payloads=[part.payload for part in reports if part.payload],
             blocks=len(records),
-            etag=etag)
+            etag=etag,
+            lapsed=lapsed)
 
     def missing(self, size: int) -> int:
         """Return how many parts of a header that began with `size` are not there, of those that joined later too."""

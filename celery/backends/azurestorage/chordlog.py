@@ -15,12 +15,11 @@ What may happen to a log, why no part is lost, and when a body may start twice:
 * Only a complete log is claimed (or a full one, whose chord fails), and a claimed one takes no blocks: a
   worker that cannot append has nothing to add that is missing.
 * The lease lapses before the body is out: its holder renews it first, and stops if that fails or takes too long.
-* It lapses afterwards, since the service cannot be reached: the holder goes on trying to delete the log, and whoever
-  has seen that the service was away leaves it `GRACE` seconds to do so.
+* It lapses afterwards, since the service cannot be reached: the holder goes on trying to renew it and to delete the
+  log. Whoever finds a lease that has lapsed, or that its part was in the log before, leaves it `GRACE` seconds to do
+  so. (A lapsed lease is no more seen once a block is appended; but that block is of a part which came twice.)
 * The holder is killed or frozen before it has deleted the log: whoever claims it next starts the body again, under
-  the same task id. So does one who reports a part again just when the service is back, and has not seen it away.
-
-So that they see it, requests that finish a chord are not repeated by the SDK, but here.
+  the same task id.
 """
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ from uuid import uuid4
 
 from azure.core import MatchConditions
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
-from azure.storage.blob import BlobClient, BlobLeaseClient
+from azure.storage.blob import BlobClient, BlobLeaseClient, BlobProperties
 
 from celery.utils.log import get_logger
 
@@ -44,7 +43,7 @@ from .client import BlobContainer
 from .errors import error_code, is_temporary
 
 __all__ = (
-    'Changed', 'ChordLog', 'Claim', 'Crowded', 'Full', 'Gone', 'LeaseLost', 'Leased', 'Record',
+    'Changed', 'ChordLog', 'Claim', 'Content', 'Crowded', 'Full', 'Gone', 'LeaseLost', 'Leased', 'Record',
     'patiently', 'pauses')
 
 T = TypeVar('T')
@@ -59,13 +58,12 @@ RENEW_PAUSE = 1
 #: The longest pause between two attempts of an operation that must not fail, in seconds; jitter may add half of it.
 LONGEST_PAUSE = 4
 
-#: The same for deleting a log whose body is out; and what others leave to these attempts before they claim a log,
-#: once they have seen that the service was away, in seconds.
+#: The same for deleting a log whose body is out, and how long such a request, or a renewal, may take, in seconds.
 DELETE_PAUSE = 1
-GRACE = 3
+HOLDER_TIMEOUT = 3
 
-#: A lease that was seen does not lapse in a shorter time, in seconds, if its holder lives: it is renewed more often.
-SURE = LEASE_DURATION - 2 * RENEW_INTERVAL
+#: What others leave to a holder whose lease has lapsed, so that it can do so once the service is back, in seconds.
+GRACE = HOLDER_TIMEOUT + 2 * DELETE_PAUSE
 
 #: How long an operation that must not fail is retried, in seconds, so that a short outage loses no chord.
 PATIENCE = 300
@@ -128,6 +126,10 @@ OUTCOMES: dict[str, type[Exception]] = {
 }
 
 
+#: Keyword arguments of a request that is not waited for any longer.
+BRIEFLY: dict[str, Any] = {'connection_timeout': HOLDER_TIMEOUT, 'read_timeout': HOLDER_TIMEOUT}
+
+
 class Record(NamedTuple):
     """A block of a log.
 
@@ -146,6 +148,20 @@ class Record(NamedTuple):
         head = json.dumps(self.head).encode()
         head += b' ' * ((1 - _FRAME.size - len(head) - len(self.data)) % STRIDE)
         return _FRAME.pack(self.kind, len(head), len(self.data)) + head + self.data
+
+
+class Content(NamedTuple):
+    """What is in a log.
+
+    Attributes:
+        records: All its blocks.
+        etag: What stands for them.
+        lapsed: Whether someone has claimed the log, and neither released nor deleted it in time.
+    """
+
+    records: list[Record]
+    etag: str
+    lapsed: bool
 
 
 class ChordLog:
@@ -197,18 +213,33 @@ class ChordLog:
         count, before = int(answer['blob_committed_block_count']), int(answer['blob_append_offset'])
         return count + (before + 1 - count) % STRIDE
 
-    def read(self) -> tuple[list[Record], str]:
-        """Return all records, and the ETag that stands for them. One request.
+    def read(self) -> Content:
+        """Return what is in the log. One request.
 
         Raises:
             Gone: if there is no log.
         """
-        def download(blob: BlobClient, **options: Any) -> tuple[bytes, str]:
+        def download(blob: BlobClient, **options: Any) -> Content:
             stream = blob.download_blob(**options)
-            return stream.readall(), stream.properties.etag or ''
+            records = list(_records(stream.readall()))
+            return Content(records, stream.properties.etag or '', _has_lapsed(stream.properties))
 
-        data, etag = self._call(download, once=True)
-        return list(_records(data)), etag
+        return self._call(download, once=True)
+
+    def wait_for_lease(self, pause: Callable[[], None]) -> bool:
+        """Wait until the log is not leased any more, and return whether the lease has lapsed. A request each time.
+
+        Arguments:
+            pause: Called before each request.
+
+        Raises:
+            Gone: if there is no log.
+        """
+        while True:
+            pause()
+            properties = self._call(lambda blob, **options: blob.get_blob_properties(**options), once=True)
+            if properties.lease.state != 'leased':
+                return _has_lapsed(properties)
 
     def size(self) -> int | None:
         """Return the chord's size, if it was written since. One request.
@@ -262,22 +293,23 @@ class ChordLog:
             Changed, Gone, Leased: if the lease has lapsed and the log has changed, is gone, or is claimed again.
         """
         try:
-            self._call(lambda blob, **options: blob.delete_blob(lease=lease_id, **options), once=True)
+            self._call(lambda blob, **options: blob.delete_blob(lease=lease_id, **BRIEFLY, **options), once=True)
         except LeaseLost:
             self._call(lambda blob, **options: blob.delete_blob(
-                etag=etag, match_condition=MatchConditions.IfNotModified, **options), once=True)
+                etag=etag, match_condition=MatchConditions.IfNotModified, **BRIEFLY, **options), once=True)
 
     def renew(self, lease_id: str, once: bool = False) -> None:
         """Renew a lease. One request.
 
         Arguments:
             lease_id: Id of the lease.
-            once: Raise at once what is raised, in place of repeating the request.
+            once: Do not repeat the request, nor wait long for its answer.
 
         Raises:
             LeaseLost: if it has lapsed and someone else holds the log, or nobody.
         """
-        self._call(lambda blob, **options: BlobLeaseClient(blob, lease_id).renew(**options), once=once)
+        limits: dict[str, Any] = BRIEFLY if once else {}
+        self._call(lambda blob, **options: BlobLeaseClient(blob, lease_id).renew(**limits, **options), once=once)
 
     def release(self, lease_id: str) -> None:
         """End a lease. One request."""
@@ -331,6 +363,7 @@ class Claim:
         Raises:
             Changed: if the claim has lapsed, and the log has grown or is another one.
             Leased: if the claim has lapsed, and someone else has claimed the log.
+            azure.core.exceptions.AzureError: if the log cannot be deleted for `PATIENCE` seconds, or for good.
         """
         self._deleted = True
         with suppress(Gone):  # an earlier attempt has done it
@@ -403,6 +436,10 @@ def patiently(operation: Callable[[], T], longest: float = LONGEST_PAUSE) -> T:
             logger.warning('Azure Blob Storage does not answer; trying again: %r', exc)
         time.sleep(pause)
     return operation()
+
+
+def _has_lapsed(properties: BlobProperties) -> bool:
+    return properties.lease.state == 'expired'
 
 
 def _records(data: bytes) -> Iterator[Record]:

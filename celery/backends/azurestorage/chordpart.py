@@ -8,6 +8,7 @@ from typing import Any
 from azure.core.exceptions import AzureError
 from kombu.utils.encoding import ensure_bytes
 
+from .chordheader import PartKey
 from .chordlog import PART, ChordLog, Crowded, Full, Gone, Leased, Record, patiently
 from .chordmessage import Mark
 
@@ -35,9 +36,9 @@ class FinishedPart:
         result: What it returned or raised.
 
     Attributes:
+        key: What the part is known by.
         log: The chord's log.
         mark, request: As given.
-        interrupted: Whether the service has failed to answer meanwhile.
     """
 
     def __init__(self, backend: Any, mark: Mark, request: Any, state: str, result: Any) -> None:
@@ -45,8 +46,8 @@ class FinishedPart:
         self.request = request
         self.log: ChordLog = backend.chord_log(mark.chord_id)
         self._backend = backend
-        self.interrupted = False
-        self._head = [str(request.id), request.group_index, state]
+        self.key: PartKey = (str(request.id), request.group_index)
+        self._head = [*self.key, state]
         self._data = ensure_bytes(backend.encode(backend.encode_result(result, state)))
         self._payload: str | None = None
 
@@ -73,14 +74,10 @@ class FinishedPart:
 
     def _append_once(self) -> int:
         """Add the part: with its result, or with the name of a blob that has it, since it is large or the log is."""
-        try:
-            if self._payload is None:
-                block = Record(PART, [*self._head, None], self._data).to_bytes()
-                if len(block) <= MAX_BLOCK:
-                    with suppress(Crowded):
-                        return self.log.append(block, MAX_LENGTH)
-                self._payload = self.log.store_payload(self._data, self._backend.content_type)
-            return self.log.append(Record(PART, [*self._head, self._payload]).to_bytes())
-        except AzureError:
-            self.interrupted = True
-            raise
+        if self._payload is None:
+            block = Record(PART, [*self._head, None], self._data).to_bytes()
+            if len(block) <= MAX_BLOCK:
+                with suppress(Crowded):
+                    return self.log.append(block, MAX_LENGTH)
+            self._payload = self.log.store_payload(self._data, self._backend.content_type)
+        return self.log.append(Record(PART, [*self._head, self._payload]).to_bytes())

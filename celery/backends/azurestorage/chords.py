@@ -206,7 +206,7 @@ class ChordRunner:
             return
         late = wait(self._reports, PATIENCE).not_done
         if late:
-            logger.critical('%s finished parts of chords could not be reported in time: their chords will not end.',
+            logger.critical('%s finished parts of chords could not be reported in time: their chords may not end.',
                             len(late))
         reporters.shutdown(wait=not late, cancel_futures=True)
 

@@ -204,7 +204,13 @@ class AccountClient:
         if len(items) < 2 or self._max_concurrency == 1:
             return [function(item) for item in items]
         threads = self._threads()
-        futures = [threads.submit(function, item) for item in items]
+        futures: list[Future[R]] = []
+        try:
+            futures.extend(threads.submit(function, item) for item in items)
+        except RuntimeError:  # the process can have no more threads
+            for future in futures:
+                future.cancel()
+            return [function(item) for item in items]
         ended: Queue[Future[R]] = Queue()
         for future in futures:
             future.add_done_callback(ended.put)

@@ -34,8 +34,8 @@ _tenant_id = matching('[A-Za-z0-9.-]+', 'must be an id or a domain: letters, dig
 _resource_id = matching(r'[\w/.() -]+', 'must be the resource id of an identity: /subscriptions/…')
 _subscription = matching('[A-Za-z0-9_. -]+', 'must be the name or the id of a subscription')
 _authority = matching(
-    r'(?i:https://)?(?:(?i:localhost)|[A-Za-z0-9-]+(?:(?=:)|(?:\.[A-Za-z0-9-]+)+)|\[[0-9A-Fa-f:]+\])'
-    r'(?::[0-9]{1,5})?(?:/[A-Za-z0-9._-]*)*',
+    r'(?:(?i:https://)[A-Za-z0-9.-]+|(?i:localhost)|[A-Za-z0-9-]+(?=[.:])[A-Za-z0-9.-]*'
+    r'|(?i:https://)?\[[0-9A-Fa-f:]+\])(?::[0-9]{1,5})?(?:/[A-Za-z0-9._-]*)*',
     'must be a host or an https:// URL, such as login.microsoftonline.us')
 
 _CLIENT_ID = Option(_identity_id, 'Client id of the identity.')

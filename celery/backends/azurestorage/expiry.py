@@ -1,6 +1,7 @@
 """Deleting what has expired."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -14,6 +15,9 @@ __all__ = ('Totals', 'delete_expired')
 
 #: How many blobs one request deletes (REST: Blob Batch).
 BATCH = 256
+
+#: The end of the name of a blob that goes with another one: the rest is the other's name.
+_OWNED = re.compile(r'\.[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z')
 
 logger = get_logger(__name__)
 
@@ -43,7 +47,7 @@ def delete_expired(
         ages: What their names begin with, and for how many seconds each kind is kept.
         dry_run: Only count them.
         on_progress: Called with the totals so far after each batch.
-        attached: One of those beginnings. There, a blob ``NAME.SUFFIX`` is kept as long as the blob ``NAME``.
+        attached: One of those beginnings. There, a blob ``NAME.UUID`` is kept as long as the blob ``NAME``.
     """
     totals = Totals()
     now = datetime.now(timezone.utc)
@@ -72,7 +76,7 @@ def _expired(
 ) -> Iterator[BlobItem]:
     """Yield what has expired; put into `owned` what goes with another such blob, since that may be rewritten yet."""
     live, expired = set(), set()
-    for item in container.list_blobs(prefix):  # in order of their names, so that NAME comes before NAME.SUFFIX
+    for item in container.list_blobs(prefix):  # in order of their names, so that NAME comes before NAME.UUID
         totals.found += 1
         if owned is None:
             if item.last_modified < oldest:
@@ -87,7 +91,7 @@ def _expired(
 
 
 def _owner(item: BlobItem) -> str:
-    return item.name.rpartition('.')[0]
+    return _OWNED.sub('', item.name) if _OWNED.search(item.name) else ''
 
 
 def _batches(items: Iterable[BlobItem]) -> Iterator[list[BlobItem]]:

@@ -96,8 +96,8 @@ def expires(value: Any) -> float | None:
     if value is None:
         return None
     try:
-        number = float('' if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
+        number = float('' if value is True else value)
+    except (OverflowError, TypeError, ValueError):
         number = -1
     if not number >= 0:  # NaN is not either
         raise ValueError('must be a number of seconds or a timedelta, 0 or more, or None')

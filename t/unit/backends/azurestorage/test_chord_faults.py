@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import uuid
 from collections import Counter
 from contextlib import suppress
@@ -87,8 +86,8 @@ class test_a_worker_that_is_killed:
         with killed(fake_service, 'Lease Blob', 'renew'):
             worker.execute(message)
         refused = []
-        fake_service.on('Lease Blob', times=3, after=lambda: refused.append(worker.receive()))
-        fake_service.on('Lease Blob', before=lambda: lapse(fake_service))
+        fake_service.on('Get Blob Properties', times=3, after=lambda: refused.append(worker.receive()))
+        fake_service.on('Get Blob Properties', before=lambda: lapse(fake_service))
         worker.execute(message)
         worker.run()
         assert refused == [[]] * 3
@@ -257,7 +256,7 @@ class test_lost_and_late_requests:
             waiter.start()
             assert waiting.wait(DEADLINE)
 
-        monkeypatch.setattr(chordend, 'time', SimpleNamespace(sleep=wait_for_claim, monotonic=time.monotonic))
+        monkeypatch.setattr(chordend, 'time', SimpleNamespace(sleep=wait_for_claim))
         fake_service.on('Lease Blob')
         fake_service.on('Lease Blob', before=report_again)  # the renewal of the claim
         worker.execute(messages[1])
@@ -301,14 +300,15 @@ class test_lost_and_late_requests:
         """Return a function that has a chord's part reported again while the log cannot be deleted any more.
 
         The body is out then, the lease lapses, and the service is away. When it is back, whoever reports the part
-        comes first; but leaves time, as the pause tells.
+        comes first, though one of its requests may fail too; but leaves time, as the pause tells.
         """
         def outage(message, seen_by, waiting=False):
             paused, deleted = threading.Event(), threading.Event()
 
             def begin():
                 lapse(fake_service)
-                fake_service.on(seen_by, blob='celery-chord-', answer=(503, 'ServerBusy'))
+                if seen_by:
+                    fake_service.on(seen_by, blob='celery-chord-', answer=(503, 'ServerBusy'))
 
             def sleep(seconds):
                 if seconds == 'grace':
@@ -325,7 +325,6 @@ class test_lost_and_late_requests:
                 refuse_connection()
 
             monkeypatch.setattr(chordend, 'GRACE', 'grace')
-            monkeypatch.setattr(chordend, 'SURE', -1)
             monkeypatch.setattr(chordend, '_pause_for_claim', lambda: sleep('claimed'))
             monkeypatch.setattr(chordend.time, 'sleep', sleep)
             again = threading.Thread(target=worker.execute, args=(message,))
@@ -336,16 +335,17 @@ class test_lost_and_late_requests:
             worker.run()
         return outage
 
-    @pytest.mark.parametrize('seen_by', ['Append Block', 'Get Blob', 'Lease Blob'])
+    @pytest.mark.parametrize('seen_by', [None, 'Append Block', 'Get Blob', 'Lease Blob'])
     def test_the_lease_lapses_in_an_outage_before_the_log_is_deleted(self, worker, fake_service, outage, seen_by):
         _, [message] = worker.start(worker.echoes(1))
         outage(message, seen_by)
         assert worker.calls == [[0]]
         assert logs(fake_service) == []
 
-    def test_the_lease_lapses_in_an_outage_while_someone_waits_for_it(self, worker, fake_service, outage):
+    @pytest.mark.parametrize('seen_by', [None, 'Get Blob Properties', 'Get Blob', 'Lease Blob'])
+    def test_the_lease_lapses_in_an_outage_while_someone_waits_for_it(self, worker, fake_service, outage, seen_by):
         _, [message] = worker.start(worker.echoes(1))
-        outage(message, 'Lease Blob', waiting=True)
+        outage(message, seen_by, waiting=True)
         assert worker.calls == [[0]]
         assert logs(fake_service) == []
 
@@ -409,6 +409,20 @@ class test_lost_and_late_requests:
         worker.app.backend.cleanup()
         assert logs(fake_service) == []
 
+    def test_a_large_result_belongs_to_its_own_log_only(self, worker, fake_service):
+        large = worker.tasks.echo.s('x' * chordpart.MAX_BLOCK)
+        fake_service.now -= 8 * 24 * 3600
+        for group_id in ('a', 'a.b', 'a.b.c'):
+            _, messages = worker.start(group([large, *worker.echoes(1)], task_id=group_id))
+            worker.execute(messages[0])
+        fake_service.now += 8 * 24 * 3600
+        worker.execute(messages[0])
+        worker.app.backend.cleanup()
+        assert len(logs(fake_service)) == 1 + 2
+        worker.execute(messages[1])
+        worker.run()
+        assert worker.calls == [['x' * chordpart.MAX_BLOCK, 0]]
+
     def test_a_large_result_does_not_expire_with_a_log_that_lives_on(self, worker, fake_service):
         _, messages = worker.start([worker.tasks.echo.s('x' * chordpart.MAX_BLOCK), *worker.echoes(1)])
         fake_service.now -= 8 * 24 * 3600
@@ -449,8 +463,7 @@ class test_lost_and_late_requests:
         worker = make_worker(result_backend=f'azureblockblob://{ACCOUNT_URL}', azureblockblob_credential=credential)
         _, [message] = worker.start(worker.echoes(1))
         credential.fail(skip=token, times=5)
-        fake_service.on('Lease Blob', times=2)
-        fake_service.on('Lease Blob', before=lambda: lapse(fake_service))  # of a claim that could not be released
+        fake_service.on('Get Blob Properties', before=lambda: lapse(fake_service))  # a claim that was not released
         worker.execute(message)
         worker.run()
         assert credential.failures == 5
@@ -466,6 +479,35 @@ class test_lost_and_late_requests:
         worker.run()
         assert worker.calls == [[0]]
         assert logs(fake_service) == []
+
+    def test_no_thread_can_be_started_for_large_results(self, worker, fake_service, monkeypatch):
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+        _, messages = worker.start([worker.tasks.echo.s('x' * chordpart.MAX_BLOCK)] * 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, 'start', refuse)
+            for message in messages:
+                worker.execute(message)
+        worker.run()
+        assert [len(results) for results in worker.calls] == [2]
+        assert logs(fake_service) == []
+
+    def test_a_soft_time_limit_where_no_thread_can_be_started(self, worker, fake_service, monkeypatch):
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        def strike(seconds):
+            monkeypatch.setattr(chordend.time, 'sleep', lambda seconds: None)
+            raise SoftTimeLimitExceeded
+
+        _, [message] = worker.start(worker.echoes(1))
+        fake_service.on('Lease Blob', answer=(503, 'ServerBusy'))
+        monkeypatch.setattr(chordend.time, 'sleep', strike)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, 'start', refuse)
+            worker.execute(message)
+        worker.run()
+        assert worker.calls == [[0]]
 
     def test_a_part_that_cannot_be_logged_fails_aloud(self, worker, fake_service, caplog):
         _, [message] = worker.start(worker.echoes(1))
@@ -736,8 +778,7 @@ class test_every_order_of_requests:
 
             schedule = ChordSchedule(
                 fake_service, [lambda part=part: report(part) for part in parts], choices, **faults)
-            monkeypatch.setattr(chordend, 'time', SimpleNamespace(
-                sleep=schedule.wait_for_claim, monotonic=time.monotonic))
+            monkeypatch.setattr(chordend, 'time', SimpleNamespace(sleep=schedule.wait_for_claim))
             fake_service.on(times=float('inf'), before=schedule.before_request, after=schedule.after_request)
             schedule.run()
             fake_service.forget_plans()

@@ -232,6 +232,39 @@ class test_read:
             log.read()
 
 
+class test_waiting_for_a_lease:
+
+    @pytest.fixture
+    def pauses(self):
+        """The pauses that were made."""
+        return []
+
+    def wait(self, log, pauses, after=None):
+        """Wait for the lease; call `after` in the third pause."""
+        def pause():
+            pauses.append(1)
+            if len(pauses) == 3:
+                after()
+        return log.wait_for_lease(pause)
+
+    def test_that_lapses(self, created, fake_service, pauses):
+        claim(created)
+        assert self.wait(created, pauses, lambda: setattr(fake_service, 'now', fake_service.now + LEASE_DURATION))
+        assert len(pauses) == 3
+        assert created.read().lapsed
+
+    def test_that_is_released(self, created, fake_service, pauses):
+        held = claim(created)
+        assert not self.wait(created, pauses, lambda: created.release(held._lease_id))
+        assert not created.read().lapsed
+
+    def test_whose_log_is_deleted(self, created, pauses):
+        etag = created.read().etag
+        held = claim(created)
+        with pytest.raises(Gone):
+            self.wait(created, pauses, lambda: held.delete_log(etag))
+
+
 class test_size:
 
     def test_it_is_unknown_until_it_is_written(self, created):
@@ -385,6 +418,15 @@ class test_held:
         fake_service.on('Lease Blob', answer=(503, 'ServerBusy'), times=2)
         held._renew_repeatedly()
         assert pauses == [7, 7, 1, 1, 7]
+
+    def test_its_holder_does_not_wait_long_for_an_answer(self, created, fake_service):
+        etag = created.read().etag
+        held = claim(created)
+        fake_service.requests.clear()
+        created.renew(held._lease_id, once=True)
+        held.delete_log(etag)
+        limits = (chordlog.HOLDER_TIMEOUT, chordlog.HOLDER_TIMEOUT)
+        assert [request.sending['timeout'] for request in fake_service.requests] == [limits] * 2
 
     def test_it_is_held_where_no_thread_can_be_started(self, created, fake_service, monkeypatch, caplog):
         def refuse(thread):

@@ -308,8 +308,8 @@ class test_Expiry:
     """Celery's own settings, which this backend checks since they would be wrong once a day otherwise."""
 
     @pytest.mark.parametrize(('value', 'seconds'), [
-        (None, None), (0, 0), (1, 1), (0.5, 0.5), ('86400', 86400), ('1e5', 100000), (timedelta(days=2), 172800),
-        (float('inf'), float('inf'))])
+        (None, None), (0, 0), (False, 0), (1, 1), (0.5, 0.5), ('86400', 86400), ('1e5', 100000),
+        (timedelta(days=2), 172800), (float('inf'), float('inf'))])
     def test_seconds_are_taken(self, value, seconds):
         app = Celery('azure', set_as_current=False)
         app.conf.update(result_expires=value)
@@ -318,7 +318,8 @@ class test_Expiry:
         assert AzureBlockBlobBackend(app=app, url=URL, expires=value).expires == seconds
 
     @pytest.mark.parametrize('name', ['result_expires', 'result_chord_expires'])
-    @pytest.mark.parametrize('value', [-1, '-1', 'soon', '', float('nan'), True, [1], {}, timedelta(days=-1)])
+    @pytest.mark.parametrize('value', [
+        -1, '-1', 'soon', '', float('nan'), True, 10 ** 400, [1], {}, timedelta(days=-1)])
     def test_all_else_is_refused(self, name, value):
         app = Celery('azure', set_as_current=False)
         app.conf.update({name: value})

@@ -366,7 +366,6 @@ WRONG = [
     (f'{DEFAULT}{HOST}?client_id=<id>', 'client_id must be an id'),
     (f'{DEFAULT}{HOST}?authority=http://login.microsoftonline.com', 'authority must be a host or an https:// URL'),
     (f'{DEFAULT}{HOST}?authority=AzureUSGovernment', 'an https:// URL, such as login.microsoftonline.us'),
-    (f'{DEFAULT}{HOST}?authority=https://login/tenant', 'authority must be a host or an https:// URL'),
     (f'{DEFAULT}{HOST}?exclude_cli_credential=maybe', 'exclude_cli_credential must be true or false'),
     (f'azureblockblob://AzureCliCredential@{HOST}?subscription=a%2Fb', 'must be the name or the id of a sub'),
     (f'azureblockblob://AzureCliCredential@{HOST}?tenant_id=a_b', 'tenant_id must be an id or a domain'),
