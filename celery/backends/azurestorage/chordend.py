@@ -66,24 +66,16 @@ class ChordEnd:
         task = get_current_worker_task()
         thread = threading.Thread(target=copy_context().run, name=THREAD, args=(
             _call_within, task, task and task.request, self._start_patiently))
+        finish: Callable[[], None] = thread.join
         try:
             thread.start()
-        except RuntimeError as exc:  # the process can have no more threads
+        except RuntimeError as exc:  # the process can have no more threads: a time limit has it begin again
             logger.warning('Chord %s is finished without a thread of its own: %r', self._id, exc)
-            self._start_here()
-        while thread.is_alive():
-            try:
-                thread.join()
-            except Exception as exc:
-                logger.warning('Task %s is past its time, but finishes chord %s first: %r',
-                               self._request.id, self._id, exc)
-        return self._awaited
-
-    def _start_here(self) -> None:
-        """Start the body on this thread. If a soft time limit interrupts that, begin again."""
+            finish = self._start_patiently
         while True:
             try:
-                return self._start_patiently()
+                finish()
+                return self._awaited
             except Exception as exc:
                 logger.warning('Task %s is past its time, but finishes chord %s first: %r',
                                self._request.id, self._id, exc)

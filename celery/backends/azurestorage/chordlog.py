@@ -237,7 +237,7 @@ class ChordLog:
         """
         while True:
             pause()
-            properties = self._call(lambda blob, **options: blob.get_blob_properties(**options), once=True)
+            properties = self._read_properties()
             if properties.lease.state != 'leased':
                 return _has_lapsed(properties)
 
@@ -247,8 +247,7 @@ class ChordLog:
         Raises:
             Gone: if there is no log.
         """
-        properties = self._call(lambda blob, **options: blob.get_blob_properties(**options), once=True)
-        size = properties.metadata.get(SIZE)
+        size = self._read_properties().metadata.get(SIZE)
         return None if size is None else int(size)
 
     def set_size(self, size: int) -> None:
@@ -314,6 +313,9 @@ class ChordLog:
     def release(self, lease_id: str) -> None:
         """End a lease. One request."""
         self._call(lambda blob: BlobLeaseClient(blob, lease_id).release())
+
+    def _read_properties(self) -> BlobProperties:
+        return self._call(lambda blob, **options: blob.get_blob_properties(**options), once=True)
 
     def _call(self, request: Callable[..., T], creating: bool = False, once: bool = False) -> T:
         try:

@@ -91,7 +91,8 @@ def _expired(
 
 
 def _owner(item: BlobItem) -> str:
-    return _OWNED.sub('', item.name) if _OWNED.search(item.name) else ''
+    end = _OWNED.search(item.name)
+    return item.name[:end.start()] if end else ''
 
 
 def _batches(items: Iterable[BlobItem]) -> Iterator[list[BlobItem]]:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import itertools
 import socket
+import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -77,6 +79,20 @@ def no_chord_pauses(monkeypatch):
         monkeypatch.setattr(module, 'pauses', lambda longest=0: iter([0] * 10))
     monkeypatch.setattr(chordend, 'CLAIM_INTERVAL', 0)
     monkeypatch.setattr(chordend, 'GRACE', 0)
+
+
+@pytest.fixture
+def no_more_threads(monkeypatch):
+    """Return a context manager in which the process can start no thread."""
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    @contextmanager
+    def no_more_threads():
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, 'start', refuse)
+            yield
+    return no_more_threads
 
 
 @pytest.fixture

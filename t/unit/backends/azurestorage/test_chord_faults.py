@@ -469,33 +469,25 @@ class test_lost_and_late_requests:
         assert credential.failures == 5
         assert worker.calls == [[0]]
 
-    def test_no_thread_can_be_started(self, worker, fake_service, monkeypatch):
-        def refuse(thread):
-            raise RuntimeError("can't start new thread")
+    def test_no_thread_can_be_started(self, worker, fake_service, no_more_threads):
         _, [message] = worker.start(worker.echoes(1))
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, 'start', refuse)
+        with no_more_threads():
             worker.execute(message)
         worker.run()
         assert worker.calls == [[0]]
         assert logs(fake_service) == []
 
-    def test_no_thread_can_be_started_for_large_results(self, worker, fake_service, monkeypatch):
-        def refuse(thread):
-            raise RuntimeError("can't start new thread")
+    def test_no_thread_can_be_started_for_large_results(self, worker, fake_service, no_more_threads):
         _, messages = worker.start([worker.tasks.echo.s('x' * chordpart.MAX_BLOCK)] * 2)
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, 'start', refuse)
+        with no_more_threads():
             for message in messages:
                 worker.execute(message)
         worker.run()
         assert [len(results) for results in worker.calls] == [2]
         assert logs(fake_service) == []
 
-    def test_a_soft_time_limit_where_no_thread_can_be_started(self, worker, fake_service, monkeypatch):
-        def refuse(thread):
-            raise RuntimeError("can't start new thread")
-
+    def test_a_soft_time_limit_where_no_thread_can_be_started(
+            self, worker, fake_service, monkeypatch, no_more_threads):
         def strike(seconds):
             monkeypatch.setattr(chordend.time, 'sleep', lambda seconds: None)
             raise SoftTimeLimitExceeded
@@ -503,8 +495,7 @@ class test_lost_and_late_requests:
         _, [message] = worker.start(worker.echoes(1))
         fake_service.on('Lease Blob', answer=(503, 'ServerBusy'))
         monkeypatch.setattr(chordend.time, 'sleep', strike)
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, 'start', refuse)
+        with no_more_threads():
             worker.execute(message)
         worker.run()
         assert worker.calls == [[0]]

@@ -428,12 +428,9 @@ class test_held:
         limits = (chordlog.HOLDER_TIMEOUT, chordlog.HOLDER_TIMEOUT)
         assert [request.sending['timeout'] for request in fake_service.requests] == [limits] * 2
 
-    def test_it_is_held_where_no_thread_can_be_started(self, created, fake_service, monkeypatch, caplog):
-        def refuse(thread):
-            raise RuntimeError("can't start new thread")
+    def test_it_is_held_where_no_thread_can_be_started(self, created, fake_service, no_more_threads, caplog):
         held = claim(created)
-        monkeypatch.setattr(threading.Thread, 'start', refuse)
-        with held.held():
+        with no_more_threads(), held.held():
             assert leased(fake_service, created)
         assert not leased(fake_service, created)
         assert 'is not renewed' in caplog.text
